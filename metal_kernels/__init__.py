@@ -1,0 +1,45 @@
+"""Ops of DeepSeek-V4 that are worth a Metal kernel, each beside its reference in plain MLX."""
+
+from ._dispatch import KernelError, active
+from .compress import compress
+from .experts import ExpertWeights, expert_down, expert_gate_up, swiglu
+from .index_query import index_query
+from .index_scores import index_scores
+from .index_topk import index_topk
+from .key_row import key_row
+from .project_f32 import project_f32
+from .query_rope import query_rope
+from .rms_norm import rms_norm
+from .rope import rope
+from .round_trip import fp4_round_trip, fp8_round_trip
+from .route import route, route_hash
+from .sparse_attention import sparse_attention
+from .stream_collapse import stream_collapse
+from .stream_expand import stream_expand
+from .stream_mix import stream_head_mix, stream_mix
+
+__all__ = [
+    "ExpertWeights",
+    "KernelError",
+    "active",
+    "compress",
+    "expert_down",
+    "expert_gate_up",
+    "fp4_round_trip",
+    "fp8_round_trip",
+    "index_query",
+    "index_scores",
+    "index_topk",
+    "key_row",
+    "project_f32",
+    "query_rope",
+    "rms_norm",
+    "rope",
+    "route",
+    "route_hash",
+    "sparse_attention",
+    "stream_collapse",
+    "stream_expand",
+    "stream_head_mix",
+    "stream_mix",
+]

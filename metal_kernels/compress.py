@@ -1,0 +1,55 @@
+"""A closed group of tokens -> one compressed row."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import mlx.core as mx
+
+from ._dispatch import expect_shape
+from .key_row import fp8_except_rotated
+from .rms_norm import rms_norm_reference
+from .rope import rope_reference
+from .round_trip import fp4_round_trip_reference
+
+Quant = Literal["none", "fp8", "fp4"]
+
+
+def compress(
+    kv: mx.array, gate: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float,
+    dtype: mx.Dtype, quant: Quant,
+) -> mx.array:  # fmt: skip
+    """Pool each group, normalise, rotate and round it as it is stored (spec 5).
+
+    e[c] = sum over m of softmax_m(gate[m, c]) * kv[m, c], separately for every channel c. A gate of minus
+    infinity leaves its candidate out.
+
+    Args:
+        kv, gate: candidates of each group, [B, S, M, K], float32; M is R, or 2R when groups overlap.
+        weight: of the norm, [K].
+        cos, sin: of the first position of each group, [S, P/2], float32.
+        dtype: of the rows.
+        quant: "fp8" rounds the dimensions that are not rotated (rows to attend); "fp4" applies the Hadamard
+            transform and rounds all dimensions (index keys); "none" neither.
+
+    Returns:
+        [B, S, K] in `dtype`.
+    """
+    B, S, _, K = kv.shape
+    expect_shape("compress", "gate", gate, kv.shape)
+    expect_shape("compress", "weight", weight, (K,))
+    expect_shape("compress", "cos", cos, (S, cos.shape[-1]))
+    return compress_reference(kv, gate, weight, cos, sin, eps, dtype, quant)
+
+
+def compress_reference(
+    kv: mx.array, gate: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float,
+    dtype: mx.Dtype, quant: Quant,
+) -> mx.array:  # fmt: skip
+    pooled = (mx.softmax(gate, axis=2) * kv).sum(axis=2).astype(dtype)
+    row = rope_reference(rms_norm_reference(pooled, weight, eps), cos, sin)
+    if quant == "fp8":
+        return fp8_except_rotated(row, 2 * cos.shape[-1])
+    if quant == "fp4":
+        return fp4_round_trip_reference(mx.hadamard_transform(row))
+    return row

@@ -1,0 +1,39 @@
+"""How relevant each compressed row is to each query."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ._dispatch import expect_shape
+
+# Bytes of per-head scores held at a time.
+_WORK_BYTES = 32 << 20
+
+
+def index_scores(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
+    """score[t, s] = sum over i of w[t, i] * relu(q[t, i] . keys[s]) (spec 6.1).
+
+    Args:
+        q: [B, T, I, J], any float type.
+        w: head weights, may be negative, [B, T, I], float32.
+        keys: index keys, [B, S, J].
+
+    Returns:
+        [B, T, S], float32.
+    """
+    B, T, heads, J = q.shape
+    expect_shape("index_scores", "w", w, (B, T, heads))
+    expect_shape("index_scores", "keys", keys, (B, keys.shape[1], J))
+    return index_scores_reference(q, w, keys)
+
+
+def index_scores_reference(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
+    B, T, heads, J = q.shape
+    q = q.astype(mx.float32).reshape(B, T * heads, J)
+    rows = max(1, _WORK_BYTES // (4 * B * T * heads))
+    scores = []
+    for start in range(0, keys.shape[1], rows):
+        part = keys[:, start : start + rows].astype(mx.float32)
+        dots = mx.maximum(q @ part.swapaxes(1, 2), 0).reshape(B, T, heads, -1)
+        scores.append((w[:, :, None] @ dots)[:, :, 0])
+    return scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=-1)

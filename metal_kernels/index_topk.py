@@ -1,0 +1,31 @@
+"""Which compressed rows a query attends."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ._dispatch import KernelError
+
+
+def index_topk(scores: mx.array, k: int, visible: mx.array) -> mx.array:
+    """The k visible rows with the highest scores (spec 6.1); of equal scores the lower row wins.
+
+    Args:
+        scores: [B, T, S], float32, S >= k.
+        visible: how many leading rows each query may see, [T], int32.
+
+    Returns:
+        [B, T, k], int32, ascending; -1 where fewer than k rows are visible.
+    """
+    if scores.shape[-1] < k:
+        raise KernelError(f"index_topk: scores: expected at least {k} rows, found {scores.shape}")
+    return index_topk_reference(scores, k, visible)
+
+
+def index_topk_reference(scores: mx.array, k: int, visible: mx.array) -> mx.array:
+    rows = mx.arange(scores.shape[-1])
+    # The limit comes before the selection: a row that may not be seen must not take a place.
+    ranked = mx.where(rows < visible[:, None], -scores, mx.inf)
+    picks = mx.argpartition(ranked, k - 1, axis=-1)[..., :k].astype(mx.int32)
+    picks = mx.where(picks < visible[:, None], picks, -1)
+    return mx.sort(picks, axis=-1)

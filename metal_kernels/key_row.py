@@ -1,0 +1,42 @@
+"""The row that a token adds to the window: key and value in one."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ._dispatch import expect_shape
+from .rms_norm import rms_norm_reference
+from .rope import rope_reference
+from .round_trip import fp8_round_trip_reference
+
+FP8_BLOCK = 64
+
+
+def key_row(kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool) -> mx.array:
+    """rmsnorm, rotation of the last P dimensions, FP8 round trip of the others (spec 4.1).
+
+    Args:
+        kv: projected rows, [B, T, K], any float type.
+        weight: of the norm, [K].
+        cos, sin: [T, P/2], float32.
+        fp8: round the K - P dimensions that are not rotated to e4m3 in blocks of 64.
+
+    Returns:
+        [B, T, K] in the type of kv.
+    """
+    expect_shape("key_row", "weight", weight, kv.shape[-1:])
+    expect_shape("key_row", "cos", cos, (kv.shape[1], cos.shape[-1]))
+    return key_row_reference(kv, weight, cos, sin, eps, fp8)
+
+
+def key_row_reference(
+    kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool
+) -> mx.array:
+    row = rope_reference(rms_norm_reference(kv, weight, eps), cos, sin)
+    return fp8_except_rotated(row, 2 * cos.shape[-1]) if fp8 else row
+
+
+def fp8_except_rotated(row: mx.array, rotated: int) -> mx.array:
+    """FP8 round trip of all but the last `rotated` dimensions."""
+    still, turned = mx.split(row, [row.shape[-1] - rotated], axis=-1)
+    return mx.concatenate([fp8_round_trip_reference(still, FP8_BLOCK), turned], axis=-1)

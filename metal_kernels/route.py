@@ -1,0 +1,54 @@
+"""Which experts a token uses, and with what weights."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ._dispatch import expect_shape
+
+
+def route(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.array, mx.array]:
+    """The k experts with the highest sqrt(softplus(logit)) + bias (spec 7).
+
+    Args:
+        logits: [..., E], float32.
+        bias: [E], float32; decides the choice and does not enter the weights.
+        scale: factor of the normalised weights.
+
+    Returns:
+        ids [..., k], int32, and weights [..., k], float32, which sum to `scale`.
+    """
+    expect_shape("route", "bias", bias, logits.shape[-1:])
+    return route_reference(logits, bias, k, scale)
+
+
+def route_reference(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.array, mx.array]:
+    scores = _scores(logits)
+    ids = mx.argpartition(-(scores + bias), k - 1, axis=-1)[..., :k].astype(mx.int32)
+    return ids, _weights(scores, ids, scale)
+
+
+def route_hash(logits: mx.array, ids: mx.array, scale: float) -> mx.array:
+    """Weights of experts that were chosen by token id.
+
+    Args:
+        logits: [..., E], float32; ids: [..., A].
+
+    Returns:
+        weights [..., A], float32, which sum to `scale`.
+    """
+    expect_shape("route_hash", "ids", ids, (*logits.shape[:-1], ids.shape[-1]))
+    return route_hash_reference(logits, ids, scale)
+
+
+def route_hash_reference(logits: mx.array, ids: mx.array, scale: float) -> mx.array:
+    return _weights(_scores(logits), ids, scale)
+
+
+def _scores(logits: mx.array) -> mx.array:
+    return mx.sqrt(mx.logaddexp(logits, 0.0))  # ln(1 + e^z) without overflow
+
+
+def _weights(scores: mx.array, ids: mx.array, scale: float) -> mx.array:
+    chosen = mx.take_along_axis(scores, ids, axis=-1)
+    return chosen / chosen.sum(axis=-1, keepdims=True) * scale

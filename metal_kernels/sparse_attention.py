@@ -1,0 +1,106 @@
+"""Attention over the window, compressed rows and a sink, in one softmax."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ._dispatch import KernelError, expect_shape
+from .rope import rope_reference
+
+# Bytes of gathered rows and scores held at a time.
+_WORK_BYTES = 32 << 20
+
+
+def sparse_attention(
+    q: mx.array, window: mx.array, rows: mx.array | None, picks: mx.array | None, sink: mx.array,
+    cos: mx.array, sin: mx.array, *, position: int, ratio: int, window_size: int,
+) -> mx.array:  # fmt: skip
+    """softmax over [window | compressed rows | sink], then the rotation taken back (spec 4.2 to 4.4).
+
+    The query at position t sees window rows of positions t - window_size + 1 ... t, and of the compressed rows
+    those of closed groups, i < (t + 1) // ratio: all of them, or the picked ones. Keys are also the values. The
+    sink only enters the denominator.
+
+    Args:
+        q: rotated queries, [B, T, H, K], any float type.
+        window: rows of the T tokens of this call, last, and of tokens before them, [B, S, K]. They are in order of
+            position, except that with T = 1 and at most window_size rows any order will do.
+        rows: compressed rows, [B, S', K]; None if the layer has none yet.
+        picks: chosen compressed rows of each query, [B, T, k], int32, -1 for none; None for all visible ones.
+        sink: [H], float32.
+        cos, sin: of the queries' positions, [T, P/2], float32.
+        position: of the first query. ratio: tokens per compressed row.
+
+    Returns:
+        [B, T, H, K] in the type of q. Logits and softmax are float32; probabilities are rounded to the type of q
+        before they meet the values.
+    """
+    B, T, H, K = q.shape
+    expect_shape("sparse_attention", "window", window, (B, window.shape[1], K))
+    expect_shape("sparse_attention", "sink", sink, (H,))
+    expect_shape("sparse_attention", "cos", cos, (T, cos.shape[-1]))
+    if rows is not None:
+        expect_shape("sparse_attention", "rows", rows, (B, rows.shape[1], K))
+    if picks is not None:
+        expect_shape("sparse_attention", "picks", picks, (B, T, picks.shape[-1]))
+        if rows is None:
+            raise KernelError("sparse_attention: picks: expected none without compressed rows")
+    if not T <= window.shape[1]:
+        raise KernelError(f"sparse_attention: window: expected at least {T} rows, found {window.shape[1]}")
+    return sparse_attention_reference(
+        q, window, rows, picks, sink, cos, sin, position=position, ratio=ratio, window_size=window_size
+    )
+
+
+def sparse_attention_reference(
+    q: mx.array, window: mx.array, rows: mx.array | None, picks: mx.array | None, sink: mx.array,
+    cos: mx.array, sin: mx.array, *, position: int, ratio: int, window_size: int,
+) -> mx.array:  # fmt: skip
+    B, T, H, K = q.shape
+    seen = 0 if rows is None else rows.shape[1] if picks is None else picks.shape[-1]
+    own = seen if picks is None else seen * (1 + K // H)  # picked rows are gathered for each query
+    tile = max(1, min(window_size, _WORK_BYTES // (4 * B * H * (own + 2 * window_size))))
+    before = window.shape[1] - T  # rows of earlier tokens
+    out = []
+    for start in range(0, T, tile):
+        stop = min(start + tile, T)
+        positions = mx.arange(position + start, position + stop)
+        first = max(0, before + start - window_size + 1)
+        keys = window[:, first : before + stop]
+        age = positions[:, None] - mx.arange(position + first - before, position + stop)
+        parts = [(keys, (age >= 0) & (age < window_size))]
+        if rows is not None:
+            parts.append(_compressed(rows, picks, start, stop, positions, (position + stop) // ratio, ratio))
+        out.append(_attend(q[:, start:stop], parts, sink))
+    o = out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
+    return rope_reference(o, cos, -sin)
+
+
+def _compressed(
+    rows: mx.array, picks: mx.array | None, start: int, stop: int, positions: mx.array, visible: int, ratio: int
+) -> tuple[mx.array, mx.array]:
+    """Compressed rows of the queries start...stop and which of them each may see."""
+    if picks is None:
+        rows = rows[:, :visible]
+        return rows, mx.arange(rows.shape[1]) < ((positions + 1) // ratio)[:, None]
+    chosen = picks[:, start:stop]
+    index = mx.maximum(chosen, 0) + mx.arange(rows.shape[0])[:, None, None] * rows.shape[1]
+    return rows.flatten(0, 1)[index], chosen >= 0
+
+
+def _attend(q: mx.array, parts: list[tuple[mx.array, mx.array]], sink: mx.array) -> mx.array:
+    """One softmax over all parts: keys [B, S, K] shared by the queries, or [B, T, S, K] of each its own."""
+    B, T, H, K = q.shape
+    queries = q.astype(mx.float32) * K**-0.5
+    logits, values = [sink[None, None, :, None] + mx.zeros((B, T, 1, 1))], []
+    for keys, seen in parts:
+        keys = keys.astype(mx.float32)
+        keys = keys[:, None] if keys.ndim == 3 else keys
+        seen = seen[None] if seen.ndim == 2 else seen
+        logits.append(mx.where(seen[:, :, None], queries @ keys.swapaxes(-1, -2), -mx.inf))
+        values.append(keys)
+    p = mx.softmax(mx.concatenate(logits, axis=-1), axis=-1).astype(q.dtype).astype(mx.float32)
+    sizes = [a.shape[-1] for a in logits]
+    offsets = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    shares = mx.split(p, offsets, axis=-1)[1:]
+    return sum(share @ v for share, v in zip(shares, values, strict=True)).astype(q.dtype)  # type: ignore[union-attr]

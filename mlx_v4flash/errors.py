@@ -1,0 +1,25 @@
+"""Everything this package raises on purpose, under one root."""
+
+
+class V4FlashError(Exception):
+    """Root of all errors a user can meet; the text says where, expected, found and the next step."""
+
+
+class ConfigError(V4FlashError):
+    """`config.json` is missing, unreadable, of another model, or asks for something we do not compute."""
+
+
+class CheckpointError(V4FlashError):
+    """The checkpoint's files do not hold the model that its config describes."""
+
+
+class HubError(V4FlashError):
+    """A Hugging Face repository could not be resolved or downloaded."""
+
+
+class RequestError(V4FlashError, ValueError):
+    """A prompt or a parameter of a request cannot be honoured."""
+
+
+class NumericsError(V4FlashError):
+    """The model produced a value that is not a number."""

@@ -1,0 +1,90 @@
+"""Linear layers as the checkpoint stores them, and the rounding of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from metal_kernels import fp8_round_trip, project_f32, rms_norm
+
+from .config import ModelConfig
+
+ACTIVATION_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How to compute, as opposed to what.
+
+    Args:
+        dtype: of activations, residual streams and caches.
+        simulate_cache_quant: the FP8 and FP4 round trips of cached rows and the indexer's Hadamard transform,
+            which the model was trained with (spec 6.3).
+        quantize_activations: round the inputs of quantised linear layers to FP8, as the official code does
+            (spec 6.4). Off is more precise.
+    """
+
+    dtype: mx.Dtype = mx.bfloat16
+    simulate_cache_quant: bool = True
+    quantize_activations: bool = False
+
+    @property
+    def round_input(self) -> Callable[[mx.array], mx.array]:
+        """What the input of a quantised linear layer goes through."""
+        return _fp8_input if self.quantize_activations else _unchanged
+
+
+def _fp8_input(x: mx.array) -> mx.array:
+    return fp8_round_trip(x, ACTIVATION_BLOCK)
+
+
+def _unchanged(x: mx.array) -> mx.array:
+    return x
+
+
+def linear(config: ModelConfig, inputs: int, outputs: int) -> nn.Linear | nn.QuantizedLinear:
+    """A layer without bias: mxfp8 if the checkpoint is quantised, else plain."""
+    if config.quantized:
+        return nn.QuantizedLinear(inputs, outputs, bias=False, group_size=32, bits=8, mode="mxfp8")
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def grouped_linear(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
+    """Group g of the inputs meets rows g * R ... of the weight (spec 4.5): [B, T, G, U] -> [B, T, G * R]."""
+    B, T, G, U = x.shape
+    x = x.reshape(B * T, G, U).swapaxes(0, 1)
+    weight = layer.weight.reshape(G, -1, layer.weight.shape[-1])
+    if isinstance(layer, nn.QuantizedLinear):
+        scales = layer.scales.reshape(G, -1, layer.scales.shape[-1])
+        y = mx.quantized_matmul(
+            x, weight, scales, transpose=True, group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+        )
+    else:
+        y = x @ weight.swapaxes(1, 2)
+    return y.swapaxes(0, 1).reshape(B, T, -1)
+
+
+class RMSNorm(nn.Module):
+    """Norm with weight [D]; float32 inside."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = mx.ones((width,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class WideLinear(nn.Module):
+    """A layer without bias whose weight keeps its stored type and whose product is float32 throughout."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((outputs, inputs))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return project_f32(x, self.weight)

@@ -1,0 +1,111 @@
+"""From a folder or a Hugging Face repository to a model that is ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer_files
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, RequestError
+from .hub import resolve
+from .linear import ACTIVATION_BLOCK, Numerics
+from .model import Model
+from .weights import Progress, load_weights
+
+DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    simulate_cache_quant: bool = True,
+    quantize_activations: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a checkpoint as DeepSeek published it, or one with transformers' names.
+
+    Args:
+        path: folder of the checkpoint, or a Hugging Face repository such as `deepseek-ai/DeepSeek-V4-Flash`.
+        revision: branch, tag or commit of the repository.
+        dtype: of activations and caches, "bfloat16" or "float32".
+        simulate_cache_quant: keep the FP8 and FP4 round trips of cached rows that the model was trained with.
+        quantize_activations: round the inputs of quantised linear layers to FP8, as the official code does.
+        progress: called with bytes loaded and bytes in all.
+
+    Raises:
+        ConfigError, CheckpointError, HubError: what is wrong, where, and what to do.
+        RequestError: dtype is another one, or the sizes do not allow a rounding that was asked for.
+    """
+    if dtype not in DTYPES:
+        raise RequestError(
+            f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}\n"
+            "hint: float16 is not offered, its range is smaller than that of the bfloat16 weights"
+        )
+    checkpoint = Checkpoint.open(resolve(path, revision))
+    numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
+    _check_roundings(checkpoint, numerics)
+    model = Model(checkpoint.config, numerics)
+    load_weights(model, checkpoint, progress)
+    model.eval()
+    return model
+
+
+def load(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "bfloat16",
+    simulate_cache_quant: bool = True,
+    quantize_activations: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Model, TokenizerWrapper]:
+    """`load_model`, and the tokenizer of the same folder in mlx-lm's wrapper."""
+    folder = resolve(path, revision)
+    tokenizer = load_tokenizer(folder)  # first: it fails in a moment, weights take minutes
+    model = load_model(
+        folder,
+        dtype=dtype,
+        simulate_cache_quant=simulate_cache_quant,
+        quantize_activations=quantize_activations,
+        progress=progress,
+    )
+    return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> TokenizerWrapper:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder has none.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder}: expected tokenizer.json, found none\n"
+            "hint: copy it from the original checkpoint, or use load_model, which needs no tokenizer"
+        )
+    return load_tokenizer_files(folder)
+
+
+def _check_roundings(checkpoint: Checkpoint, numerics: Numerics) -> None:
+    """Refuse sizes that the blocks of a rounding do not divide."""
+    c = checkpoint.config
+    needed: list[tuple[str, int, int]] = []
+    if numerics.simulate_cache_quant:
+        needed += [("head_dim - qk_rope_head_dim", c.head_dim - c.qk_rope_head_dim, 64)]
+        needed += [("index_head_dim", c.index_head_dim, 32)] if 4 in c.compress_ratios else []
+    if numerics.quantize_activations:
+        grouped = c.o_groups * c.o_lora_rank
+        sizes = {"hidden_size": c.hidden_size, "q_lora_rank": c.q_lora_rank, "o_groups * o_lora_rank": grouped}
+        sizes["moe_intermediate_size"] = c.moe_intermediate_size
+        needed += [(name, size, ACTIVATION_BLOCK) for name, size in sizes.items()]
+    for name, size, block in needed:
+        if size % block:
+            option = "quantize_activations" if block == ACTIVATION_BLOCK else "simulate_cache_quant"
+            raise RequestError(
+                f"{option}: expected {name} divisible by {block}, found {size}\nhint: load with {option}=False"
+            )

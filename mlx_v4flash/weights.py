@@ -1,0 +1,144 @@
+"""Tensors of a checkpoint -> parameters of the model, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .checkpoint import Checkpoint, StoredTensor, read, read_into, scale_bytes
+from .errors import CheckpointError
+from .inventory import official_tensors, transformers_name
+from .model import Model
+
+Progress = Callable[[int, int], None]
+
+_READERS = 4
+# How stored bytes are held in memory: four FP8 or eight FP4 codes to a word, bfloat16 by its bits.
+_HELD = {"F8_E4M3": mx.uint32, "I8": mx.uint32, "U8": mx.uint32, "BF16": mx.uint16, "F32": mx.float32}
+
+
+def load_weights(model: Model, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+    """Fill every parameter of the model; large tensors are read straight into their final place.
+
+    Stored bits stay as they are: FP4 becomes mxfp4, FP8 becomes mxfp8 with its block scales repeated (spec 9.3).
+    Only linear layers stored wider than the model computes are narrowed.
+
+    Args:
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: a file changed or ends early, or holds a value that cannot be right.
+    """
+    linears = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
+    expected = {path for path, _ in tree_flatten(model.parameters())}
+    done = 0
+    with ThreadPoolExecutor(_READERS) as readers:
+        for path, tensors in _sources(checkpoint):
+            array = _parameter(path, tensors, checkpoint, readers)
+            if path in linears and array.dtype == mx.float32:
+                array = array.astype(model.numerics.dtype)
+            mx.eval(array)
+            model.update(tree_unflatten([(path, array)]))
+            expected.remove(path)
+            done += sum(tensor.nbytes for tensor in tensors)
+            if progress is not None:
+                progress(done, checkpoint.nbytes)
+    assert not expected, f"parameters without a tensor: {sorted(expected)[:5]}"
+
+
+def parameter_path(name: str) -> str:
+    """Path in the model of an official tensor name; the number of an expert is dropped, as experts are stacked."""
+    name = re.sub(r"hc_(attn|ffn|head)_(fn|base|scale)$", r"hc_\1.\2", name)
+    name = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+    return re.sub(r"\.(w\w+)\.scale$", r".\1.scales", name)
+
+
+def _sources(checkpoint: Checkpoint) -> Iterator[tuple[str, list[StoredTensor]]]:
+    """Paths of parameters, each with the stored tensors that fill it, one after another."""
+    official = checkpoint.naming == "official"
+    groups: dict[str, list[StoredTensor]] = {}
+    for name in official_tensors(checkpoint.config):
+        if official:
+            tensor = checkpoint.tensors[name]
+        elif ".ffn.experts." in name:
+            tensor = _expert_slice(checkpoint, name)
+        else:
+            tensor = checkpoint.tensors[transformers_name(name)]
+        groups.setdefault(parameter_path(name), []).append(tensor)
+    yield from groups.items()
+
+
+def _expert_slice(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    """The part of transformers' stacked experts that is the tensor of this official name."""
+    _, layer, _, _, expert, matrix, _ = name.split(".")
+    stacked = "down_proj" if matrix == "w2" else "gate_up_proj"
+    tensor = checkpoint.tensors[f"model.layers.{layer}.mlp.experts.{stacked}"]
+    parts = tensor.shape[0] * (1 if matrix == "w2" else 2)  # an expert's gate and up rows lie one after the other
+    number = int(expert) if matrix == "w2" else 2 * int(expert) + (matrix == "w3")
+    nbytes = tensor.nbytes // parts
+    rows = tensor.shape[1] // (1 if matrix == "w2" else 2)
+    return dataclasses.replace(
+        tensor, shape=(rows, tensor.shape[2]), offset=tensor.offset + number * nbytes, nbytes=nbytes
+    )
+
+
+def _parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, readers: ThreadPoolExecutor) -> mx.array:
+    stacked = ".ffn.experts." in path
+    if path.endswith(".scales"):
+        if stacked and checkpoint.config.expert_dtype == "fp4":
+            return _read_stack(tensors, mx.uint8, 1, readers, check_scales=True)
+        parts = [_block_scales(tensor, checkpoint) for tensor in tensors]
+        return mx.array(np.stack(parts) if stacked else parts[0])
+    if path.endswith("tid2eid"):
+        return mx.array(_expert_table(tensors[0], checkpoint.config.n_routed_experts))
+    dtype = _HELD[tensors[0].dtype]
+    width = {"F8_E4M3": 4, "I8": 4, "U8": 4}.get(tensors[0].dtype, 1)
+    array = _read_stack(tensors, dtype, width, readers)
+    array = array if stacked else array[0]
+    return array.view(mx.bfloat16) if dtype == mx.uint16 else array
+
+
+def _read_stack(
+    tensors: list[StoredTensor], dtype: mx.Dtype, width: int, readers: ThreadPoolExecutor, check_scales: bool = False
+) -> mx.array:
+    """Tensors of one shape, [len, *shape], read into memory that MLX owns; `width` stored values to an element."""
+    *rows, columns = tensors[0].shape
+    array = mx.zeros((len(tensors), *rows, columns // width), dtype)
+    mx.eval(array)
+    # On CUDA a view would move the array to managed memory for good; there the bytes take one copy more.
+    host = np.empty(array.shape, _numpy(dtype)) if mx.cuda.is_available() else np.array(array, copy=False)
+    assert host.flags.c_contiguous and host.flags.writeable
+    list(readers.map(read_into, tensors, host))
+    if check_scales:
+        for tensor, part in zip(tensors, host, strict=True):
+            scale_bytes(part, tensor.name)
+    return mx.array(host) if mx.cuda.is_available() else array
+
+
+def _numpy(dtype: mx.Dtype) -> type[np.generic]:
+    return {mx.uint32: np.uint32, mx.uint16: np.uint16, mx.uint8: np.uint8, mx.float32: np.float32}[dtype]
+
+
+def _block_scales(tensor: StoredTensor, checkpoint: Checkpoint) -> np.ndarray:
+    """One scale per block of 128 x 128 -> mxfp8's one per row and 32 columns."""
+    scales = scale_bytes(read(tensor), tensor.name)
+    rows, columns = checkpoint.tensors[tensor.name.removesuffix(".scale") + ".weight"].shape
+    block_rows, block_columns = checkpoint.config.weight_block_size
+    return scales.repeat(block_rows, 0)[:rows].repeat(block_columns // 32, 1)[:, : columns // 32]
+
+
+def _expert_table(tensor: StoredTensor, experts: int) -> np.ndarray:
+    table = read(tensor)
+    if table.min() < 0 or table.max() >= experts:
+        raise CheckpointError(
+            f"{tensor.name}: expected expert numbers from 0 to {experts - 1}, found {table.min()} to {table.max()} "
+            f"in {tensor.path.name}\nhint: the file is damaged; download it again"
+        )
+    return table.astype(np.int32)
