@@ -1,13 +1,14 @@
 """Ops of DeepSeek-V4 that are worth a Metal kernel, each beside its reference in plain MLX."""
 
 from ._dispatch import KernelError, active
-from .compress import compress
+from .compress import Quant, compress
 from .experts import ExpertWeights, expert_down, expert_gate_up, swiglu
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
 from .key_row import key_row
 from .project_f32 import project_f32
+from .quantized_product import quantized_product
 from .query_rope import query_rope
 from .rms_norm import rms_norm
 from .rope import rope
@@ -21,6 +22,7 @@ from .stream_mix import stream_head_mix, stream_mix
 __all__ = [
     "ExpertWeights",
     "KernelError",
+    "Quant",
     "active",
     "compress",
     "expert_down",
@@ -32,6 +34,7 @@ __all__ = [
     "index_topk",
     "key_row",
     "project_f32",
+    "quantized_product",
     "query_rope",
     "rms_norm",
     "rope",
@@ -42,4 +45,5 @@ __all__ = [
     "stream_expand",
     "stream_head_mix",
     "stream_mix",
+    "swiglu",
 ]

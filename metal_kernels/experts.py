@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ._dispatch import expect_shape
+from .quantized_product import BITS, GROUP_SIZE, summed_in_float32
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,6 @@ class ExpertWeights:
     weight: mx.array
     scales: mx.array | None = None
     mode: str = "mxfp4"
-
-    @property
-    def bits(self) -> int:
-        return 4 if self.mode == "mxfp4" else 8
 
 
 def expert_gate_up(
@@ -78,7 +75,8 @@ def _gather(x: mx.array, w: ExpertWeights, row: mx.array, expert: mx.array, sort
     x = x[row][:, None]
     if w.scales is None:
         return mx.gather_mm(x, w.weight.swapaxes(1, 2), rhs_indices=expert, sorted_indices=sorted_experts)[:, 0]
-    return mx.gather_qmm(
-        x, w.weight, w.scales, rhs_indices=expert, transpose=True, group_size=32, bits=w.bits, mode=w.mode,
-        sorted_indices=sorted_experts,
-    )[:, 0]  # fmt: skip
+    y = mx.gather_qmm(
+        summed_in_float32(x), w.weight, w.scales, rhs_indices=expert, transpose=True, group_size=GROUP_SIZE,
+        bits=BITS[w.mode], mode=w.mode, sorted_indices=sorted_experts,
+    )  # fmt: skip
+    return y[:, 0].astype(x.dtype)

@@ -29,9 +29,7 @@ def key_row(kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: f
     return key_row_reference(kv, weight, cos, sin, eps, fp8)
 
 
-def key_row_reference(
-    kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool
-) -> mx.array:
+def key_row_reference(kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool) -> mx.array:
     row = rope_reference(rms_norm_reference(kv, weight, eps), cos, sin)
     return fp8_except_rotated(row, 2 * cos.shape[-1]) if fp8 else row
 

@@ -1,10 +1,23 @@
 """DeepSeek-V4-Flash in MLX."""
 
 from .config import ModelConfig
+from .engine import generate, stream_generate
 from .errors import V4FlashError
 from .loading import load, load_model
+from .mlx_lm_bridge import register
 from .model import Model
+from .sampling import SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["Model", "ModelConfig", "V4FlashError", "load", "load_model"]
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "SamplingParams",
+    "V4FlashError",
+    "generate",
+    "load",
+    "load_model",
+    "register",
+    "stream_generate",
+]

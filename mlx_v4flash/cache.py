@@ -21,12 +21,12 @@ class Rows:
     def append(self, rows: mx.array) -> None:
         """Add rows [B, S, K]."""
         B, S, K = rows.shape
-        capacity = 0 if self.buffer is None else self.buffer.shape[1]
-        if self.count + S > capacity:
+        buffer = mx.zeros((B, 0, K), rows.dtype) if self.buffer is None else self.buffer
+        if self.count + S > buffer.shape[1]:
             grown = -(-(self.count + S) // ROW_BLOCK) * ROW_BLOCK
             empty = mx.zeros((B, grown - self.count, K), rows.dtype)
-            self.buffer = empty if self.buffer is None else mx.concatenate([self.buffer[:, : self.count], empty], axis=1)
-        self.buffer = mx.slice_update(self.buffer, rows, mx.array([self.count]), (1,))
+            buffer = mx.concatenate([buffer[:, : self.count], empty], axis=1)
+        self.buffer = mx.slice_update(buffer, rows, mx.array([self.count]), (1,))
         self.count += S
 
     def all(self) -> mx.array | None:
@@ -92,7 +92,7 @@ class CompressorCache:
         return [leaf for leaf in found if leaf is not None]
 
 
-class LayerCache(_BaseCache):  # type: ignore[misc]
+class LayerCache(_BaseCache):
     """State of one layer, usable with mlx-lm's generation and its prompt-cache files.
 
     Args:
@@ -130,7 +130,7 @@ class LayerCache(_BaseCache):  # type: ignore[misc]
         if T == 1:
             self.window = mx.slice_update(self.window, rows, mx.array([start % W]), (1,))
             return self.window[:, : min(start + 1, W)]
-        ordered = mx.roll(self.window, -(start % W), axis=1)[:, W - min(start, W - 1) :] if start else rows[:, :0]
+        ordered = mx.roll(self.window, -(start % W), 1)[:, W - min(start, W - 1) :] if start else rows[:, :0]
         seen = mx.concatenate([ordered, rows], axis=1) if start else rows
         last = seen[:, -W:]
         missing = W - last.shape[1]
@@ -138,7 +138,7 @@ class LayerCache(_BaseCache):  # type: ignore[misc]
             last = mx.concatenate([last, mx.zeros((B, missing, K), rows.dtype)], axis=1)
             self.window = last  # fewer than W tokens in all: row p is at p already
         else:
-            self.window = mx.roll(last, self.position % W, axis=1)
+            self.window = mx.roll(last, self.position % W, 1)
         return seen
 
     def copy(self) -> LayerCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import compress, index_query, index_scores, index_topk
+from metal_kernels import Quant, compress, index_query, index_scores, index_topk
 
 from .cache import CompressorCache
 from .config import ModelConfig
@@ -33,7 +33,7 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.ratio = ratio
         self._dtype = numerics.dtype
-        self._quant = ("fp4" if index else "fp8") if numerics.simulate_cache_quant else "none"
+        self._quant: Quant = ("fp4" if index else "fp8") if numerics.simulate_cache_quant else "none"
 
     def __call__(self, x: mx.array, cache: CompressorCache, rotations: Rotations) -> mx.array | None:
         """Tokens [B, T, D] -> all compressed rows so far [B, S, K], or None before the first group is full."""
@@ -44,14 +44,10 @@ class Compressor(nn.Module):
         if groups is not None:
             kv, gate = self._with_last_group(*groups, cache) if self.overlap else groups
             cos, sin = rotations.groups(cache.rows.count, kv.shape[1], self.ratio)
-            cache.rows.append(
-                compress(kv, gate, self.norm.weight, cos, sin, self.norm.eps, self._dtype, self._quant)
-            )
+            cache.rows.append(compress(kv, gate, self.norm.weight, cos, sin, self.norm.eps, self._dtype, self._quant))
         return cache.rows.all()
 
-    def _with_last_group(
-        self, kv: mx.array, gate: mx.array, cache: CompressorCache
-    ) -> tuple[mx.array, mx.array]:
+    def _with_last_group(self, kv: mx.array, gate: mx.array, cache: CompressorCache) -> tuple[mx.array, mx.array]:
         """[B, S, R, 2K] -> candidates [B, S, 2R, K]: first halves of the group before, then second halves."""
         own_kv, own_gate = (mx.split(a, 2, axis=-1) for a in (kv, gate))
         last_kv, last_gate = cache.last_kv, cache.last_gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,16 +25,27 @@ Named = Iterator[tuple[str, TensorSpec]]
 
 def official_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """Tensors of the main model under DeepSeek's own names, in file order."""
-    c, N = config, config.hc_mult
+    c = config
     tensors = {"embed.weight": TensorSpec((c.vocab_size, c.hidden_size), FLOATS)}
     for layer in range(c.num_hidden_layers):
         tensors |= {f"layers.{layer}.{name}": spec for name, spec in layer_tensors(c, layer)}
     tensors["norm.weight"] = TensorSpec((c.hidden_size,), FLOATS)
     tensors["head.weight"] = TensorSpec((c.vocab_size, c.hidden_size), FLOATS)
-    tensors["hc_head_fn"] = TensorSpec((N, N * c.hidden_size), FLOATS)
-    tensors["hc_head_base"] = TensorSpec((N,), FLOATS)
-    tensors["hc_head_scale"] = TensorSpec((1,), FLOATS)
+    tensors |= _head_streams(c)
     return tensors
+
+
+def mtp_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Tensors of the April release's draft block: a window-only layer, and what feeds it (spec 8)."""
+    c = config
+    window_only = dataclasses.replace(c, compress_ratios=(0,), num_hidden_layers=1, num_hash_layers=0)
+    tensors = dict(layer_tensors(window_only, 0))
+    for name in ("e_proj", "h_proj"):
+        tensors |= _linear(c, name, c.hidden_size, c.hidden_size)
+    for name in ("enorm", "hnorm", "norm"):
+        tensors[f"{name}.weight"] = TensorSpec((c.hidden_size,), FLOATS)
+    tensors |= _head_streams(c)
+    return {f"mtp.0.{name}": spec for name, spec in tensors.items()}
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> Named:
@@ -47,6 +59,12 @@ def layer_tensors(config: ModelConfig, layer: int) -> Named:
         yield f"hc_{part}_scale", TensorSpec((3,), FLOATS)
     yield from _attention(c, c.compress_ratios[layer])
     yield from _experts(c, hashed=layer < c.num_hash_layers)
+
+
+def _head_streams(c: ModelConfig) -> Named:
+    yield "hc_head_fn", TensorSpec((c.hc_mult, c.hc_mult * c.hidden_size), FLOATS)
+    yield "hc_head_base", TensorSpec((c.hc_mult,), FLOATS)
+    yield "hc_head_scale", TensorSpec((1,), FLOATS)
 
 
 def _attention(c: ModelConfig, ratio: int) -> Named:
@@ -129,10 +147,16 @@ _IN_LAYER = {
     "attn.wo_b.weight": "self_attn.o_b_proj.weight",
     "attn.indexer.wq_b.weight": "self_attn.compressor.indexer.q_b_proj.weight",
     "attn.indexer.weights_proj.weight": "self_attn.compressor.indexer.scorer.weights_proj.weight",
-    **{f"attn.{ours}.{a}": f"self_attn.{theirs}.{b}"
-       for ours, theirs in (("compressor", "compressor"), ("indexer.compressor", "compressor.indexer"))
-       for a, b in (("wkv.weight", "kv_proj.weight"), ("wgate.weight", "gate_proj.weight"),
-                    ("ape", "position_bias"), ("norm.weight", "kv_norm.weight"))},
+    **{
+        f"attn.{ours}.{a}": f"self_attn.{theirs}.{b}"
+        for ours, theirs in (("compressor", "compressor"), ("indexer.compressor", "compressor.indexer"))
+        for a, b in (
+            ("wkv.weight", "kv_proj.weight"),
+            ("wgate.weight", "gate_proj.weight"),
+            ("ape", "position_bias"),
+            ("norm.weight", "kv_norm.weight"),
+        )
+    },
     "ffn.gate.weight": "mlp.gate.weight",
     "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
     "ffn.gate.tid2eid": "mlp.gate.tid2eid",

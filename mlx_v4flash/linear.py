@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import fp8_round_trip, project_f32, rms_norm
+from metal_kernels import fp8_round_trip, project_f32, quantized_product, rms_norm
 
 from .config import ModelConfig
 
@@ -45,23 +45,31 @@ def _unchanged(x: mx.array) -> mx.array:
     return x
 
 
-def linear(config: ModelConfig, inputs: int, outputs: int) -> nn.Linear | nn.QuantizedLinear:
+class QuantizedLinear(nn.QuantizedLinear):
+    """mxfp8 weights, as the checkpoint's FP8 is held; the sum is float32 on every device."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False, group_size=32, bits=8, mode="mxfp8")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return quantized_product(x, self.weight, self.scales, self.mode)
+
+
+Linear = nn.Linear | QuantizedLinear
+
+
+def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear:
     """A layer without bias: mxfp8 if the checkpoint is quantised, else plain."""
-    if config.quantized:
-        return nn.QuantizedLinear(inputs, outputs, bias=False, group_size=32, bits=8, mode="mxfp8")
-    return nn.Linear(inputs, outputs, bias=False)
+    return QuantizedLinear(inputs, outputs) if config.quantized else nn.Linear(inputs, outputs, bias=False)
 
 
-def grouped_linear(layer: nn.Linear | nn.QuantizedLinear, x: mx.array) -> mx.array:
+def grouped_linear(layer: Linear, x: mx.array) -> mx.array:
     """Group g of the inputs meets rows g * R ... of the weight (spec 4.5): [B, T, G, U] -> [B, T, G * R]."""
     B, T, G, U = x.shape
     x = x.reshape(B * T, G, U).swapaxes(0, 1)
     weight = layer.weight.reshape(G, -1, layer.weight.shape[-1])
-    if isinstance(layer, nn.QuantizedLinear):
-        scales = layer.scales.reshape(G, -1, layer.scales.shape[-1])
-        y = mx.quantized_matmul(
-            x, weight, scales, transpose=True, group_size=layer.group_size, bits=layer.bits, mode=layer.mode
-        )
+    if isinstance(layer, QuantizedLinear):
+        y = quantized_product(x, weight, layer.scales.reshape(G, -1, layer.scales.shape[-1]), layer.mode)
     else:
         y = x @ weight.swapaxes(1, 2)
     return y.swapaxes(0, 1).reshape(B, T, -1)

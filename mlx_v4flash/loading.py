@@ -9,6 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer_files
 
 from .checkpoint import Checkpoint
+from .config import ModelConfig
 from .errors import CheckpointError, RequestError
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
@@ -66,7 +67,7 @@ def load(
 ) -> tuple[Model, TokenizerWrapper]:
     """`load_model`, and the tokenizer of the same folder in mlx-lm's wrapper."""
     folder = resolve(path, revision)
-    tokenizer = load_tokenizer(folder)  # first: it fails in a moment, weights take minutes
+    tokenizer = load_tokenizer(folder)  # before the weights: it fails in a moment, they take minutes
     model = load_model(
         folder,
         dtype=dtype,
@@ -88,7 +89,8 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
             f"{folder}: expected tokenizer.json, found none\n"
             "hint: copy it from the original checkpoint, or use load_model, which needs no tokenizer"
         )
-    return load_tokenizer_files(folder)
+    eos = ModelConfig.from_folder(folder).eos_token_id
+    return load_tokenizer_files(folder, eos_token_ids=eos if isinstance(eos, int) else list(eos))
 
 
 def _check_roundings(checkpoint: Checkpoint, numerics: Numerics) -> None:

@@ -54,7 +54,8 @@ class Model(nn.Module):
         logits = self.logits(x)
         # Some of the new state, such as an open group, is not needed for these logits. Evaluated with them, it
         # lets go of this step's graph; left lazy, it would keep every step alive until its group is full.
-        return mx.depends([logits], [leaf for c in cache for leaf in c.leaves()])[0]
+        held: list[mx.array] = mx.depends([logits], [leaf for c in cache for leaf in c.leaves()])
+        return held[0]
 
     def streams(self, ids: mx.array) -> mx.array:
         """Embeddings, copied to N streams: [B, T] -> [B, T, N, D]."""

@@ -29,7 +29,8 @@ def inverse_frequencies(theta: float, width: int, yarn: Yarn | None) -> np.ndarr
     low = max(math.floor(pair(yarn.beta_fast)), 0)
     high = min(math.ceil(pair(yarn.beta_slow)), width - 1)
     ramp = np.clip((np.arange(width // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1).astype(np.float32)
-    return frequencies / np.float32(yarn.factor) * ramp + frequencies * (1 - ramp)
+    slowed: np.ndarray = frequencies / np.float32(yarn.factor) * ramp + frequencies * (1 - ramp)
+    return slowed
 
 
 class RotaryTables:

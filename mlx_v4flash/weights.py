@@ -37,8 +37,8 @@ def load_weights(model: Model, checkpoint: Checkpoint, progress: Progress | None
         CheckpointError: a file changed or ends early, or holds a value that cannot be right.
     """
     linears = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
-    expected = {path for path, _ in tree_flatten(model.parameters())}
-    done = 0
+    expected = set(dict(tree_flatten(model.parameters())))
+    done, total = 0, checkpoint.nbytes
     with ThreadPoolExecutor(_READERS) as readers:
         for path, tensors in _sources(checkpoint):
             array = _parameter(path, tensors, checkpoint, readers)
@@ -49,7 +49,7 @@ def load_weights(model: Model, checkpoint: Checkpoint, progress: Progress | None
             expected.remove(path)
             done += sum(tensor.nbytes for tensor in tensors)
             if progress is not None:
-                progress(done, checkpoint.nbytes)
+                progress(done, total)
     assert not expected, f"parameters without a tensor: {sorted(expected)[:5]}"
 
 
@@ -109,21 +109,17 @@ def _read_stack(
     tensors: list[StoredTensor], dtype: mx.Dtype, width: int, readers: ThreadPoolExecutor, check_scales: bool = False
 ) -> mx.array:
     """Tensors of one shape, [len, *shape], read into memory that MLX owns; `width` stored values to an element."""
-    *rows, columns = tensors[0].shape
-    array = mx.zeros((len(tensors), *rows, columns // width), dtype)
+    shape = tensors[0].shape
+    array = mx.zeros((len(tensors), *shape[:-1], shape[-1] // width), dtype)
     mx.eval(array)
     # On CUDA a view would move the array to managed memory for good; there the bytes take one copy more.
-    host = np.empty(array.shape, _numpy(dtype)) if mx.cuda.is_available() else np.array(array, copy=False)
+    host = np.array(array, copy=mx.cuda.is_available())
     assert host.flags.c_contiguous and host.flags.writeable
     list(readers.map(read_into, tensors, host))
     if check_scales:
         for tensor, part in zip(tensors, host, strict=True):
             scale_bytes(part, tensor.name)
     return mx.array(host) if mx.cuda.is_available() else array
-
-
-def _numpy(dtype: mx.Dtype) -> type[np.generic]:
-    return {mx.uint32: np.uint32, mx.uint16: np.uint16, mx.uint8: np.uint8, mx.float32: np.float32}[dtype]
 
 
 def _block_scales(tensor: StoredTensor, checkpoint: Checkpoint) -> np.ndarray:

@@ -1,0 +1,33 @@
+"""Products with packed weights, summed in float32 on every device."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+GROUP_SIZE = 32
+BITS = {"mxfp4": 4, "mxfp8": 8}
+
+
+def quantized_product(x: mx.array, weight: mx.array, scales: mx.array, mode: str) -> mx.array:
+    """x @ weight.T for mxfp4 or mxfp8 weights.
+
+    Args:
+        x: [..., M, K], any float type.
+        weight: [..., N, K * bits / 32], uint32; scales: [..., N, K / 32], uint8.
+
+    Returns:
+        [..., M, N] in the type of x; one rounding at the end.
+    """
+    y = mx.quantized_matmul(
+        summed_in_float32(x), weight, scales, transpose=True, group_size=GROUP_SIZE, bits=BITS[mode], mode=mode
+    )
+    return y.astype(x.dtype)
+
+
+def summed_in_float32(x: mx.array) -> mx.array:
+    """x as MLX needs it to sum a quantised product in float32.
+
+    Metal and CUDA do so for every type. MLX's CPU backend sums in the type of x: in bfloat16 that loses most of the
+    result's digits at a few hundred columns, and is slower too.
+    """
+    return x.astype(mx.float32) if mx.default_device() == mx.cpu else x

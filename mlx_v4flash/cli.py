@@ -1,0 +1,181 @@
+"""The command line: options, and one call for each command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import V4FlashError
+
+
+class _Group(click.Group):
+    """Prints the errors a user can meet without a traceback, and exits with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except V4FlashError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-v4flash")
+def main() -> None:
+    """Run DeepSeek-V4-Flash with MLX."""
+
+
+Command = Callable[..., Any]
+
+
+def model_options(command: Command) -> Command:
+    """Which model, and how it computes."""
+    options = [
+        click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small random model."),
+        click.option("--revision", help="Branch, tag or commit of the repository."),
+        click.option("--dtype", default="bfloat16", show_default=True, help="Of activations: bfloat16 or float32."),
+        click.option("--cache-quant/--no-cache-quant", default=True, show_default=True,
+                     help="The FP8 and FP4 rounding of cached rows that the model was trained with."),
+        click.option("--activation-quant/--no-activation-quant", default=False, show_default=True,
+                     help="FP8 rounding of inputs of linear layers, as in the official code."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """How tokens are drawn; the defaults are those of SamplingParams."""
+    options = [
+        click.option("--temp", type=float, help="Temperature; 0, the default, takes the most likely token."),
+        click.option("--top-p", type=float, help="Keep the most likely tokens that reach this probability."),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
+        click.option("--top-k", type=int, help="Keep this many tokens."),
+        click.option("--seed", type=int, help="Seed of the random numbers."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("prompt")
+@model_options
+@sampling_options
+@click.option("--max-tokens", default=256, show_default=True, help="Stop after this many tokens.")
+@click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass.")
+@click.option("--stats", is_flag=True, help="Print speed, bytes and memory to stderr at the end.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line: pieces of text, then a summary.")
+def generate(prompt: str, max_tokens: int, prefill_chunk: int, stats: bool, as_json: bool, **options: Any) -> None:
+    """Continue PROMPT; `-` reads it from standard input.
+
+    The answer goes to standard output, everything else to standard error.
+    """
+    from .run import Run
+    from .sampling import SamplingParams
+
+    chosen = {name: options.pop(name) for name in ("temp", "top_p", "min_p", "top_k", "seed")}
+    sampling = SamplingParams(**{name: value for name, value in chosen.items() if value is not None})
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    with _model(options.pop("model")) as folder:
+        run = Run.load(folder, **options)
+        for text in run.stream(prompt, sampling, max_tokens=max_tokens, prefill_chunk=prefill_chunk):
+            click.echo(json.dumps({"text": text}) if as_json else text, nl=as_json)
+    if as_json:
+        click.echo(json.dumps(run.summary()))
+    else:
+        click.echo()
+    if stats:
+        run.print_stats()
+    if run.finish_reason == "interrupted":
+        sys.exit(130)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--real-dims", is_flag=True, help="Layers with the true dimensions of V4-Flash.")
+@click.option("--layers", default="2,3", show_default=True, help="With --real-dims: which layers of V4-Flash.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON file with keys of config.json that replace those of the small default.",
+)
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="tokenizer.json to copy.")
+@click.option("--base", is_flag=True, help="As V4-Flash-Base: FP8 experts and float32 scales.")
+@click.option("--seed", default=0, show_default=True)
+def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, **options: Any) -> None:
+    """Write a random checkpoint in the official format to FOLDER."""
+    from .progress import bar
+    from .tiny import TINY, write_tiny
+    from .tiny import real_dims as real
+
+    values = real(_numbers(layers)) if real_dims else dict(TINY)
+    if config_file is not None:
+        values |= json.loads(config_file.read_text(encoding="utf-8"))
+    with bar("writing", "bytes") as progress:
+        write_tiny(folder, values, progress=progress, **options)
+    click.echo(f"{folder}: {values['num_hidden_layers']} layers, random weights", err=True)
+
+
+@main.command()
+@model_options
+@click.option("--frontiers", default="512,1024,2048", show_default=True, help="Context lengths to measure at.")
+@click.option("--decode", default=32, show_default=True, help="Tokens to decode at each.")
+@click.option("--rounds", default=3, show_default=True, help="Repetitions; medians are reported.")
+@click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write NAME.json and NAME.csv.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def bench(
+    frontiers: str, decode: int, rounds: int, prefill_chunk: int, output: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Measure prefill and decode at frontiers of context."""
+    from .bench import measure
+    from .run import Run
+
+    with _model(options.pop("model")) as folder:
+        run = Run.load(folder, **options)
+        report = measure(run.model, _numbers(frontiers), decode=decode, rounds=rounds, chunk=prefill_chunk)
+    if output is not None:
+        report.write(output)
+    click.echo(report.json() if as_json else report.table())
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("command")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def lm(command: str, args: tuple[str, ...]) -> None:
+    """Run an mlx-lm COMMAND (generate, server, chat, cache_prompt, perplexity, ...) with this model known to it."""
+    from .mlx_lm_bridge import run_mlx_lm
+
+    run_mlx_lm(command, list(args))
+
+
+@contextmanager
+def _model(name: str | None) -> Iterator[str]:
+    """The model asked for, or a small random one that lives as long as the command."""
+    if name is not None:
+        yield name
+        return
+    from .tiny import write_tiny
+
+    click.echo("no --model: using a small random model, which answers with noise", err=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny(Path(folder))
+        yield folder
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"expected numbers separated by commas, found {text!r}") from None

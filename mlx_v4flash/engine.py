@@ -1,0 +1,133 @@
+"""One model and its caches: prompts in, tokens out. The loop is mlx-lm's; what may go wrong is caught here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .cache import LayerCache
+from .errors import NumericsError, RequestError
+from .model import Model
+
+PREFILL_CHUNK = 2048
+
+Prompt = str | Sequence[int] | mx.array
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    max_tokens: int = 256,
+    *,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    prompt_cache: list[LayerCache] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    prompt_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """Yield mlx-lm's responses, a piece of text each.
+
+    Args:
+        prompt: text, which gets the beginning-of-sequence token in front, or token ids as they are.
+        max_tokens: at most this many; fewer if the model's context ends.
+        sampler: from logprobs [1, V] to a token; None takes the most likely one.
+        prompt_cache: from `model.make_cache()`; the prompt continues what it holds, and it is updated.
+        prefill_chunk: tokens of the prompt per forward pass; working memory grows with it.
+        prompt_progress: called with prompt tokens done and in all.
+        options: passed on to mlx-lm's `generate_step`.
+
+    Raises:
+        RequestError: an empty prompt, ids outside the vocabulary, no room in the context, a bad number.
+        NumericsError: the model produced a value that is not a number; the message names the layer.
+    """
+    ids = prompt_ids(tokenizer, prompt)
+    cache = prompt_cache if prompt_cache is not None else model.make_cache()
+    fresh = cache[0].empty()
+    room = _check(model, ids, cache[0].position, max_tokens, prefill_chunk)
+    responses = mlx_lm_stream_generate(
+        model,
+        tokenizer,
+        ids,
+        max_tokens=min(max_tokens, room),
+        sampler=sampler,
+        prompt_cache=cache,
+        prefill_step_size=prefill_chunk,
+        prompt_progress_callback=prompt_progress,
+        **options,
+    )
+    seen = list(ids)
+    for response in responses:
+        # One NaN among the logits makes every log-probability NaN.
+        if mx.isnan(response.logprobs[response.token]).item():
+            raise NumericsError(_where_not_a_number(model, seen if fresh else None, cache, prefill_chunk))
+        seen.append(response.token)
+        yield response
+
+
+def generate(model: Model, tokenizer: TokenizerWrapper, prompt: Prompt, max_tokens: int = 256, **options: Any) -> str:
+    """The whole answer as text; arguments and errors as for `stream_generate`."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, max_tokens, **options))
+
+
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; text gets the beginning-of-sequence token in front, once."""
+    if isinstance(prompt, mx.array):
+        return list(np.array(prompt).tolist())
+    if not isinstance(prompt, str):
+        return [int(i) for i in prompt]
+    if not prompt:
+        return []
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _check(model: Model, ids: list[int], position: int, max_tokens: int, prefill_chunk: int) -> int:
+    """Refuse what cannot be run; the number of tokens the context has room for."""
+    config = model.config
+    if not ids:
+        raise RequestError("prompt: expected at least one token, found none\nhint: pass some text")
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens: expected 1 or more, found {max_tokens}")
+    if prefill_chunk < 1:
+        raise RequestError(f"prefill_chunk: expected 1 or more, found {prefill_chunk}")
+    outside = [i for i in ids if not 0 <= i < config.vocab_size]
+    if outside:
+        raise RequestError(
+            f"prompt: expected token ids from 0 to {config.vocab_size - 1}, found {outside[0]} at "
+            f"position {ids.index(outside[0])}\nhint: the tokenizer may belong to another model"
+        )
+    room = config.max_position_embeddings - position - len(ids)
+    if room < 1:
+        raise RequestError(
+            f"prompt: expected fewer than {config.max_position_embeddings - position} tokens, the room left in the "
+            f"model's context of {config.max_position_embeddings}, found {len(ids)}\nhint: shorten the prompt"
+        )
+    return room
+
+
+def _where_not_a_number(model: Model, ids: list[int] | None, cache: list[LayerCache], chunk: int) -> str:
+    """Name the first layer whose result is not finite, by running the tokens again and looking after each."""
+    hint = "hint: check the files against their published checksums; if they are right, please report this"
+    if ids is None:
+        for number, layer_cache in enumerate(cache):
+            if not all(mx.isfinite(leaf).all().item() for leaf in layer_cache.leaves()):
+                return f"logits: not a number; layer {number} is the first whose cache holds such values\n{hint}"
+        return f"logits: not a number, though the caches of all layers are in order\n{hint}"
+    again = model.make_cache()
+    for start in range(0, len(ids), chunk):
+        part = mx.array(ids[start : start + chunk])[None]
+        rotations, x = model.rotations(again, part.shape[1]), model.streams(part)
+        for number, layer in enumerate(model.layers):
+            x = layer(x, part, again[number], rotations)
+            if not mx.isfinite(x).all().item():
+                last = start + part.shape[1] - 1
+                return f"layers.{number}: expected finite values, found NaN or infinity by position {last}\n{hint}"
+    return f"head: expected finite logits, found NaN or infinity after finite layers\n{hint}"

@@ -1,0 +1,52 @@
+"""How the next token is drawn; the samplers themselves are mlx-lm's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Limits are applied in the order top_p, min_p, top_k; 0 switches each of them off.
+
+    Args:
+        temp: temperature; 0 takes the most likely token.
+        top_p: keep the most likely tokens that together reach this probability.
+        min_p: drop tokens less likely than this share of the most likely one.
+        top_k: keep this many tokens.
+        seed: of the random numbers; None for a different answer each time.
+
+    Raises:
+        RequestError: a value out of its range.
+    """
+
+    temp: float = 0.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._expect("temp", self.temp >= 0, "0 or more")
+        self._expect("top_p", 0 <= self.top_p <= 1, "0 to 1")
+        self._expect("min_p", 0 <= self.min_p <= 1, "0 to 1")
+        self._expect("top_k", self.top_k >= 0, "0 or more")
+        self._expect("seed", self.seed is None or 0 <= self.seed < 2**64, "0 to 2^64 - 1")
+
+    def _expect(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise RequestError(f"{name}: expected {wanted}, found {getattr(self, name)}")
+
+    def sampler(self, vocab_size: int) -> Callable[[mx.array], mx.array]:
+        """mlx-lm's sampler for these values, and its random state set if there is a seed."""
+        if self.seed is not None:
+            mx.random.seed(self.seed)
+        top_k = self.top_k if self.top_k < vocab_size else 0
+        sampler: Callable[[mx.array], mx.array] = make_sampler(self.temp, self.top_p, self.min_p, top_k=top_k)
+        return sampler

@@ -1,0 +1,150 @@
+"""Commands as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_v4flash import generate, load
+from mlx_v4flash.checkpoint import Checkpoint
+from mlx_v4flash.cli import main
+from mlx_v4flash.tiny import TINY, write_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "m")
+
+
+def run(*args: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args], input=stdin, catch_exceptions=False)
+
+
+def test_answer_on_stdout_alone(folder: Path) -> None:
+    result = run("generate", "Hello", "--model", folder, "--max-tokens", 9)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert result.stdout == generate(*load(folder), "Hello", 9) + "\n"
+
+
+def test_default_model_works_offline_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run("generate", "Hello", "--max-tokens", 3)
+    assert result.exit_code == 0 and len(result.stdout) > 1
+    assert "small random model" in result.stderr
+
+
+def test_prompt_from_stdin_equals_argument(folder: Path) -> None:
+    options = ("--model", folder, "--max-tokens", 5)
+    assert run("generate", "-", *options, stdin="two\nlines").stdout == run("generate", "two\nlines", *options).stdout
+
+
+def test_json_is_one_object_per_line(folder: Path) -> None:
+    options = ("--model", folder, "--max-tokens", 6, "--temp", 1, "--top-p", 0.9, "--min-p", 0.01, "--top-k", 40)
+    result = run("generate", "Hello", *options, "--seed", 4, "--json")
+    *pieces, summary = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "".join(p["text"] for p in pieces) + "\n" == run("generate", "Hello", *options, "--seed", 4).stdout
+    assert summary["finish_reason"] == "length" and summary["generated_tokens"] == 6
+    assert summary["prompt_tokens"] == 6  # five bytes and the beginning of the sequence
+    assert summary["bytes_read"] == Checkpoint.open(folder).nbytes
+    assert summary["peak_memory_bytes"] > summary["bytes_read"] and summary["ops"] == "reference"
+
+
+def test_stats_go_to_stderr(folder: Path) -> None:
+    result = run("generate", "Hello", "--model", folder, "--max-tokens", 4, "--stats", "--prefill-chunk", 2)
+    for name in ("prefill tokens per s", "decode tokens per s", "bytes read", "peak memory bytes", "ops: reference"):
+        assert name in result.stderr and name not in result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numerics_are_options(folder: Path, dtype: str) -> None:
+    options = {"dtype": dtype, "simulate_cache_quant": False, "quantize_activations": True}
+    flags = ("--dtype", dtype, "--no-cache-quant", "--activation-quant")
+    want = generate(*load(folder, **options), "abc", 8)
+    assert run("generate", "abc", "--model", folder, "--max-tokens", 8, *flags).stdout == want + "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", ""), "error: prompt: expected at least one token, found none"),
+        (("generate", "x", "--temp", "-1"), "error: temp: expected 0 or more, found -1.0"),
+        (("generate", "x", "--max-tokens", "0"), "error: max_tokens: expected 1 or more, found 0"),
+        (("generate", "x", "--model", "/no/such/folder"), "error: /no/such/folder: "),
+        (("generate", "x", "--dtype", "float16"), "error: dtype: expected bfloat16 or float32"),
+        (("bench", "--frontiers", "0"), "error: frontiers: expected context lengths from 1"),
+        (("lm", "nonsense"), "nonsense"),
+    ],
+)
+def test_errors_are_told_without_a_traceback(args: tuple[str, ...], message: str, folder: Path) -> None:
+    if "--model" not in args and args[0] != "lm":
+        args = (*args, "--model", str(folder))
+    result = run(*args)
+    assert result.exit_code == 1 and message in result.stderr
+    assert result.stdout == "" and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("args", [("generate",), ("generate", "x", "--bogus"), ("bench", "--frontiers", "a,b")])
+def test_wrong_usage_exits_with_2(args: tuple[str, ...]) -> None:
+    assert run(*args).exit_code == 2
+
+
+def test_tiny_writes_what_it_is_asked_for(tmp_path: Path) -> None:
+    config = tmp_path / "sizes.json"
+    config.write_text(json.dumps({"n_routed_experts": 5, "num_experts_per_tok": 2}))
+    assert run("tiny", tmp_path / "m", "--config", config, "--base", "--seed", 3).exit_code == 0
+    written = Checkpoint.open(tmp_path / "m").config
+    assert (written.n_routed_experts, written.expert_dtype) == (5, "fp8")
+    assert run("generate", "x", "--model", tmp_path / "m", "--max-tokens", 1).exit_code == 0
+    assert run("tiny", tmp_path / "real", "--real-dims", "--layers", "x").exit_code == 2
+
+
+def test_bench_reports_frontiers(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures"
+    options = ("--frontiers", "20,140", "--decode", 2, "--rounds", 2, "--prefill-chunk", 64, "--output", out)
+    result = run("bench", "--model", folder, *options, "--json")
+    report = json.loads(result.stdout)
+    assert report == json.loads(out.with_suffix(".json").read_text())
+    assert [f["context"] for f in report["frontiers"]] == [20, 140]
+    assert all(0 < f["decode_low"] <= f["decode_tokens_per_s"] <= f["decode_high"] for f in report["frontiers"])
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert [int(r["context"]) for r in rows] == [20, 140] and float(rows[1]["prefill_tokens_per_s"]) > 0
+    assert "140" in run("bench", "--model", folder, *options).stdout
+
+
+def test_ctrl_c_keeps_what_was_generated(folder: Path) -> None:
+    command = [sys.executable, "-m", "mlx_v4flash", "generate", "Hello", "--model", str(folder), "--json"]
+    child = subprocess.Popen(
+        [*command, "--max-tokens", "50000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert child.stdout is not None
+    first = child.stdout.readline()
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    rest, err = child.communicate(timeout=60)
+    *pieces, summary = [json.loads(line) for line in (first + rest).splitlines()]
+    assert child.returncode == 130 and "Traceback" not in err
+    assert summary["finish_reason"] == "interrupted" and 1 <= summary["generated_tokens"] < 50000
+    assert len(pieces) >= summary["generated_tokens"]
+
+
+def test_help_names_every_option() -> None:
+    text = run("generate", "--help").stdout
+    for option in (
+        "--model", "--max-tokens", "--temp", "--top-p", "--min-p", "--top-k", "--seed", "--prefill-chunk", "--stats",
+        "--json", "--revision",
+    ):  # fmt: skip
+        assert option in text
+
+
+def test_default_is_the_tiny_config() -> None:
+    assert TINY["model_type"] == "deepseek_v4" and "--real-dims" in run("tiny", "--help").stdout
