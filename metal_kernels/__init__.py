@@ -1,6 +1,12 @@
 """Ops of DeepSeek-V4 that are worth a Metal kernel, each beside its reference in plain MLX."""
 
-from ._dispatch import KernelError, active
+import os
+
+# MLX multiplies float32 matrices at about ten bits on recent GPUs (M5, CUDA) unless told otherwise, and reads the
+# variable at its first product. The router, the mixing weights and attention's logits are float32 for a reason.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+from ._dispatch import KernelError, active, kernels
 from .compress import Quant, compress
 from .experts import ExpertWeights, expert_down, expert_gate_up, swiglu
 from .index_query import index_query
@@ -32,6 +38,7 @@ __all__ = [
     "index_query",
     "index_scores",
     "index_topk",
+    "kernels",
     "key_row",
     "project_f32",
     "quantized_product",

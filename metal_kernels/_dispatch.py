@@ -1,15 +1,32 @@
-"""Shape checks shared by all ops, and the choice between a kernel and its reference.
-
-No op has a kernel yet: every public op checks its arguments and runs its reference.
-"""
+"""Kernel, or reference: the only place that decides, and the only one that makes kernels."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import resources
+from typing import Any
+
 import mlx.core as mx
+
+SETTINGS = ("auto", "metal", "stock", "reference")
+VARIABLE = "MLX_V4FLASH_KERNELS"
+
+Kernel = Callable[..., list[mx.array]]
+
+# What makes a kernel from its text. Tests put an emulator here, which runs the same text on the CPU.
+kernel_factory: Callable[..., Any] = mx.fast.metal_kernel
+
+# Ops whose kernels were compared with their references on this machine and found right; filled from its profile.
+approved: set[str] = set()
+
+_setting: str | None = None
 
 
 class KernelError(ValueError):
-    """An op was called with arrays it is not defined for."""
+    """An op was called with arrays it is not defined for, or a setting that cannot be honoured."""
 
 
 def expect_shape(op: str, name: str, array: mx.array, shape: tuple[int, ...]) -> None:
@@ -18,6 +35,102 @@ def expect_shape(op: str, name: str, array: mx.array, shape: tuple[int, ...]) ->
         raise KernelError(f"{op}: {name}: expected shape {shape}, found {array.shape}")
 
 
+def setting() -> str:
+    """The choice in force: of the innermost `kernels(...)`, else of the environment, else "auto".
+
+    Raises:
+        KernelError: the environment names an unknown one.
+    """
+    return _setting if _setting is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Choose how ops are computed inside the block.
+
+    Args:
+        choice: "auto" runs the kernels approved on this machine where they cover the shapes, and stock MLX ops
+            elsewhere; "metal" every kernel, and raises where one does not cover its shapes; "stock" and
+            "reference" none.
+
+    Raises:
+        KernelError: another choice.
+    """
+    global _setting
+    before, _setting = _setting, _checked(choice, "kernels")
+    try:
+        yield
+    finally:
+        _setting = before
+
+
+def use_kernel(op: str, *, covers: bool = True, limit: str = "") -> bool:
+    """Whether a call of `op` runs its kernel.
+
+    Args:
+        covers: whether the kernel is made for the shapes and types of this call; `limit` says for which it is.
+
+    Raises:
+        KernelError: kernels are demanded, but this call is not covered or there is no Metal device.
+    """
+    choice = setting()
+    if choice not in ("auto", "metal"):
+        return False
+    if choice == "auto":
+        return covers and op in approved and _has_device()
+    if not _has_device():
+        raise KernelError(f"{op}: {VARIABLE}=metal: expected a Metal device, found {mx.default_device()}")
+    if not covers:
+        raise KernelError(f"{op}: the kernel covers {limit}\nhint: use the setting auto")
+    return True
+
+
+def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str = "") -> Kernel:
+    """The kernel whose body is `<name>.metal`; made at its first use.
+
+    Args:
+        inputs, outputs: names of the arrays in the body, in the order of the call.
+        header: names of `.metal` files with functions the body calls, separated by blanks.
+    """
+    made: Kernel = _made(kernel_factory, name, inputs, outputs, header)
+    return made
+
+
+@cache
+def _made(
+    factory: Callable[..., Any], name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str
+) -> Any:
+    functions = "\n".join(source(part) for part in header.split())
+    return factory(
+        name=name, input_names=list(inputs), output_names=list(outputs), source=source(name), header=functions
+    )
+
+
+@cache
+def scalar(value: float) -> mx.array:
+    """A float for a kernel to read as `name[0]`: template arguments are whole numbers only."""
+    return mx.array([value], mx.float32)
+
+
+@cache
+def source(name: str) -> str:
+    """Text of `<name>.metal`."""
+    return resources.files(__package__).joinpath(f"{name}.metal").read_text(encoding="ascii")
+
+
 def active() -> str:
-    """Which implementation the ops run: always "reference" in this version."""
-    return "reference"
+    """What the ops of this process run, in a word or a list."""
+    if setting() == "auto":
+        return ", ".join(sorted(approved)) if approved and _has_device() else "reference"
+    return setting()
+
+
+def _has_device() -> bool:
+    emulated = kernel_factory is not mx.fast.metal_kernel
+    return emulated or (mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu)
+
+
+def _checked(choice: str, where: str) -> str:
+    if choice not in SETTINGS:
+        raise KernelError(f"{where}: expected {' or '.join(SETTINGS)}, found {choice!r}")
+    return choice

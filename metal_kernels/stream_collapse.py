@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_shape, kernel, scalar, use_kernel
 from .rms_norm import rms_norm_reference
+
+THREADS = 256
 
 
 def stream_collapse(x: mx.array, pre: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -21,7 +23,19 @@ def stream_collapse(x: mx.array, pre: mx.array, weight: mx.array, eps: float) ->
     """
     expect_shape("stream_collapse", "pre", pre, x.shape[:-1])
     expect_shape("stream_collapse", "weight", weight, x.shape[-1:])
-    return stream_collapse_reference(x, pre, weight, eps)
+    if not use_kernel("stream_collapse"):
+        return stream_collapse_reference(x, pre, weight, eps)
+    N, D = x.shape[-2:]
+    threads = min(THREADS, -(-D // 32) * 32)
+    (y,) = kernel("stream_collapse", ("x", "pre", "weight", "eps"), ("y",))(
+        inputs=[x, pre, weight, scalar(eps)],
+        template=[("Elem", x.dtype), ("N", N), ("D", D), ("THREADS", threads)],
+        grid=(threads, x.size // (N * D), 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(*x.shape[:-2], D)],
+        output_dtypes=[x.dtype],
+    )
+    return y
 
 
 def stream_collapse_reference(x: mx.array, pre: mx.array, weight: mx.array, eps: float) -> mx.array:

@@ -58,7 +58,7 @@ def random_pieces(
 
 def _distinct_experts(source: np.random.SFC64, shape: tuple[int, ...], experts: int) -> Iterator[Array]:
     tokens, chosen = shape
-    rows = max(1, PIECE // experts)
+    rows = max(4, PIECE // experts // 4 * 4)  # so that a piece uses whole draws of eight bytes
     for start in range(0, tokens, rows):
         size = min(rows, tokens - start)
         keys = source.random_raw(-(-size * experts // 4)).view(np.uint16)[: size * experts].reshape(size, experts)
@@ -113,16 +113,16 @@ def _inner_gain(config: ModelConfig) -> float:
 def _swiglu_rms(gain: float, limit: float) -> float:
     x = gain * _quantiles(4096)
     gate, up = np.minimum(x, limit), np.clip(x, -limit, limit)
-    return float(np.sqrt(np.mean((gate / (1 + np.exp(-gate))) ** 2) * np.mean(up**2)))
+    return round(float(np.sqrt(np.mean((gate / (1 + np.exp(-gate))) ** 2) * np.mean(up**2))), 9)
 
 
 @functools.cache
 def _quantiles(count: int) -> Array:
     """Values of a normal distribution that cut it into equal parts, with a variance of one."""
     normal = NormalDist()
-    values: Array = np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
-    values /= np.sqrt(np.mean(values**2))
-    return values
+    # Rounded, because the last digits of a logarithm depend on the machine.
+    values: Array = np.array([round(normal.inv_cdf((i + 0.5) / count), 12) for i in range(count)])
+    return values / math.sqrt(math.fsum(values**2) / count)
 
 
 @functools.lru_cache(maxsize=64)
