@@ -42,21 +42,22 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         revision: branch, tag or commit of the repository; `main` if absent.
 
     Raises:
-        CheckpointError: a path that does not exist.
+        CheckpointError: a path that does not exist, or is a file.
         RequestError: a revision of a folder.
         HubError: the repository cannot be found, reached or stored.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if str(model) and path.is_dir():  # an empty name would be the folder we are in
         if revision is not None:
             raise RequestError(
                 f"revision: expected none for a folder, found {revision!r} with {path}\n"
                 "hint: leave it out, or name a Hugging Face repository"
             )
         return path
-    if isinstance(model, Path) or not _REPOSITORY.fullmatch(model):
+    if isinstance(model, Path) or path.exists() or not _REPOSITORY.fullmatch(model):
+        found = "a file" if path.is_file() else "nothing there"
         raise CheckpointError(
-            f"{model}: expected a checkpoint folder, found nothing there\n"
+            f"{model}: expected a checkpoint folder, found {found}\n"
             "hint: check the path, or name a Hugging Face repository such as deepseek-ai/DeepSeek-V4-Flash"
         )
     folder = _download(model, revision)

@@ -173,3 +173,9 @@ def test_refuses_other_shapes() -> None:
 def test_refuses_sines_of_another_shape() -> None:
     kv, gate, weight, cos, sin = arrays(2, 3, 8, 70, 6)
     expect_refused("sin", compress, kv, gate, weight, cos, sin[:1], EPS, mx.float32, "none")
+
+
+@UNCHECKED
+@pytest.mark.parametrize(("quant", "K"), [("fp8", 68), ("fp4", 48)])
+def test_refuses_a_part_of_a_block(quant: str, K: int) -> None:
+    expect_refused("kv", compress, *arrays(2, 3, 8, K, 6), EPS, mx.float32, quant)

@@ -263,6 +263,16 @@ def test_large_logits_do_not_overflow() -> None:
     np.testing.assert_allclose(wide(c.run()), c.expected(), rtol=1e-3, atol=1e-3)
 
 
+def test_rows_that_may_not_be_seen_get_nothing_whatever_the_others_have() -> None:
+    """A logit of -20,000 for the one visible row; a finite number in place of the others would outweigh it."""
+    window = mx.concatenate([mx.full((1, 1, 20), -22.0), mx.ones((1, 1, 20))], axis=1)
+    found = run(
+        sparse_attention, mx.full((1, 2, 3, 20), 200.0), window, None, None, mx.full((3,), -1e6), mx.ones((2, 1)),
+        mx.zeros((2, 1)), position=0, ratio=1, window_size=W,
+    )  # fmt: skip
+    expect_same(found[:, 0], np.full((1, 3, 20), -22.0))
+
+
 def test_window_and_compressed_rows_share_one_softmax() -> None:
     """The same row in both, seen twice, weighs as much as two."""
     c = case(1, 1, 3, top=None)
