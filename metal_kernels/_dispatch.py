@@ -35,6 +35,19 @@ def expect_shape(op: str, name: str, array: mx.array, shape: tuple[int, ...]) ->
         raise KernelError(f"{op}: {name}: expected shape {shape}, found {array.shape}")
 
 
+def expect_rotation(op: str, cos: mx.array, sin: mx.array, T: int, width: int) -> None:
+    """Raise KernelError unless cos and sin are [T, P/2] with P at most `width`."""
+    pairs = min(cos.shape[-1], width // 2)
+    expect_shape(op, "cos", cos, (T, pairs))
+    expect_shape(op, "sin", sin, (T, pairs))
+
+
+def expect_blocks(op: str, name: str, width: int, block: int) -> None:
+    """Raise KernelError unless the blocks of a rounding divide `width`."""
+    if width % block:
+        raise KernelError(f"{op}: {name}: expected a number of values divisible by {block}, found {width}")
+
+
 def setting() -> str:
     """The choice in force: of the innermost `kernels(...)`, else of the environment, else "auto".
 

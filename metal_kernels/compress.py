@@ -6,11 +6,11 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
-from .key_row import fp8_except_rotated
+from ._dispatch import expect_blocks, expect_rotation, expect_shape
+from .key_row import FP8_BLOCK, fp8_except_rotated
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
-from .round_trip import fp4_round_trip_reference
+from .round_trip import FP4_BLOCK, hadamard_fp4
 
 Quant = Literal["none", "fp8", "fp4"]
 
@@ -38,7 +38,11 @@ def compress(
     B, S, _, K = kv.shape
     expect_shape("compress", "gate", gate, kv.shape)
     expect_shape("compress", "weight", weight, (K,))
-    expect_shape("compress", "cos", cos, (S, cos.shape[-1]))
+    expect_rotation("compress", cos, sin, S, K)
+    if quant == "fp8":
+        expect_blocks("compress", "kv", K - 2 * cos.shape[-1], FP8_BLOCK)
+    elif quant == "fp4":
+        expect_blocks("compress", "kv", K, FP4_BLOCK)
     return compress_reference(kv, gate, weight, cos, sin, eps, dtype, quant)
 
 
@@ -51,5 +55,5 @@ def compress_reference(
     if quant == "fp8":
         return fp8_except_rotated(row, 2 * cos.shape[-1])
     if quant == "fp4":
-        return fp4_round_trip_reference(mx.hadamard_transform(row))
+        return hadamard_fp4(row)
     return row

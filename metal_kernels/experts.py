@@ -18,6 +18,10 @@ class ExpertWeights:
     scales: mx.array | None = None
     mode: str = "mxfp4"
 
+    def packed(self, columns: int) -> int:
+        """Elements of `weight` that hold this many columns."""
+        return columns if self.scales is None else columns * BITS[self.mode] // 32
+
 
 def expert_gate_up(
     x: mx.array, w1: ExpertWeights, w3: ExpertWeights, token: mx.array, expert: mx.array, weight: mx.array,
@@ -35,6 +39,8 @@ def expert_gate_up(
     """
     for name, array in (("token", token), ("weight", weight)):
         expect_shape("expert_gate_up", name, array, expert.shape)
+    for name, matrix in (("w1", w1), ("w3", w3)):
+        expect_shape("expert_gate_up", name, matrix.weight, (*w1.weight.shape[:2], matrix.packed(x.shape[-1])))
     return expert_gate_up_reference(x, w1, w3, token, expert, weight, limit, sorted_experts)
 
 
@@ -63,6 +69,7 @@ def expert_down(h: mx.array, w2: ExpertWeights, expert: mx.array, sorted_experts
         [P, D] in the type of h.
     """
     expect_shape("expert_down", "expert", expert, h.shape[:1])
+    expect_shape("expert_down", "w2", w2.weight, (*w2.weight.shape[:2], w2.packed(h.shape[-1])))
     return expert_down_reference(h, w2, expert, sorted_experts)
 
 
@@ -74,7 +81,9 @@ def _gather(x: mx.array, w: ExpertWeights, row: mx.array, expert: mx.array, sort
     # Sorted runs are recognised only when the left side is not indexed.
     x = x[row][:, None]
     if w.scales is None:
-        return mx.gather_mm(x, w.weight.swapaxes(1, 2), rhs_indices=expert, sorted_indices=sorted_experts)[:, 0]
+        weight = summed_in_float32(w.weight).swapaxes(1, 2)
+        y = mx.gather_mm(summed_in_float32(x), weight, rhs_indices=expert, sorted_indices=sorted_experts)
+        return y[:, 0].astype(x.dtype)
     y = mx.gather_qmm(
         summed_in_float32(x), w.weight, w.scales, rhs_indices=expert, transpose=True, group_size=GROUP_SIZE,
         bits=BITS[w.mode], mode=w.mode, sorted_indices=sorted_experts,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_rotation
 from .rope import rope_reference
-from .round_trip import fp4_round_trip_reference
+from .round_trip import hadamard_fp4
 
 
 def index_query(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.array:
@@ -20,10 +20,10 @@ def index_query(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.arra
     Returns:
         [B, T, I, J] in the type of q.
     """
-    expect_shape("index_query", "cos", cos, (q.shape[1], cos.shape[-1]))
+    expect_rotation("index_query", cos, sin, q.shape[1], q.shape[-1])
     return index_query_reference(q, cos, sin, fp4)
 
 
 def index_query_reference(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.array:
     q = rope_reference(q, cos, sin)
-    return fp4_round_trip_reference(mx.hadamard_transform(q)) if fp4 else q
+    return hadamard_fp4(q) if fp4 else q

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import KernelError
+from ._dispatch import KernelError, expect_shape
 
 
 def index_topk(scores: mx.array, k: int, visible: mx.array) -> mx.array:
@@ -19,6 +19,7 @@ def index_topk(scores: mx.array, k: int, visible: mx.array) -> mx.array:
     """
     if scores.shape[-1] < k:
         raise KernelError(f"index_topk: scores: expected at least {k} rows, found {scores.shape}")
+    expect_shape("index_topk", "visible", visible, scores.shape[1:2])
     return index_topk_reference(scores, k, visible)
 
 

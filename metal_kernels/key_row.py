@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_blocks, expect_rotation, expect_shape
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
 from .round_trip import fp8_round_trip_reference
@@ -25,7 +25,9 @@ def key_row(kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: f
         [B, T, K] in the type of kv.
     """
     expect_shape("key_row", "weight", weight, kv.shape[-1:])
-    expect_shape("key_row", "cos", cos, (kv.shape[1], cos.shape[-1]))
+    expect_rotation("key_row", cos, sin, kv.shape[1], kv.shape[-1])
+    if fp8:
+        expect_blocks("key_row", "kv", kv.shape[-1] - 2 * cos.shape[-1], FP8_BLOCK)
     return key_row_reference(kv, weight, cos, sin, eps, fp8)
 
 

@@ -25,9 +25,9 @@ def quantized_product(x: mx.array, weight: mx.array, scales: mx.array, mode: str
 
 
 def summed_in_float32(x: mx.array) -> mx.array:
-    """x as MLX needs it to sum a quantised product in float32.
+    """x as MLX needs it to sum a quantised or gathered product in float32.
 
-    Metal and CUDA do so for every type. MLX's CPU backend sums in the type of x: in bfloat16 that loses most of the
-    result's digits at a few hundred columns, and is slower too.
+    Metal and CUDA do so for every type. MLX's CPU backend sums a quantised product in the type of x, which in
+    bfloat16 loses most of its digits at a few hundred columns, and has a gathered one in float32 only.
     """
     return x.astype(mx.float32) if mx.default_device() == mx.cpu else x

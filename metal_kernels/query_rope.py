@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_rotation
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
 
@@ -19,8 +19,7 @@ def query_rope(q: mx.array, cos: mx.array, sin: mx.array, eps: float) -> mx.arra
     Returns:
         [B, T, H, K] in the type of q.
     """
-    expect_shape("query_rope", "cos", cos, (q.shape[1], cos.shape[-1]))
-    expect_shape("query_rope", "sin", sin, cos.shape)
+    expect_rotation("query_rope", cos, sin, q.shape[1], q.shape[-1])
     return query_rope_reference(q, cos, sin, eps)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_rotation
 
 
 def rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
@@ -19,8 +19,7 @@ def rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     Returns:
         The shape and type of x; the product is taken in float32.
     """
-    expect_shape("rope", "cos", cos, (x.shape[1], cos.shape[-1]))
-    expect_shape("rope", "sin", sin, cos.shape)
+    expect_rotation("rope", cos, sin, x.shape[1], x.shape[-1])
     return rope_reference(x, cos, sin)
 
 

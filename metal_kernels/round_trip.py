@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import KernelError
+from ._dispatch import expect_blocks
 
 FP8_MAX, FP8_FLOOR = 448.0, 1e-4
 FP4_MAX, FP4_FLOOR = 6.0, 6.0 * 2.0**-126
+FP4_BLOCK = 32
 
 
 def fp8_round_trip(x: mx.array, block: int) -> mx.array:
@@ -19,28 +20,36 @@ def fp8_round_trip(x: mx.array, block: int) -> mx.array:
     Returns:
         The shape and type of x.
     """
-    _expect_blocks("fp8_round_trip", x, block)
+    expect_blocks("fp8_round_trip", "x", x.shape[-1], block)
     return fp8_round_trip_reference(x, block)
 
 
-def fp4_round_trip(x: mx.array, block: int = 32) -> mx.array:
+def fp4_round_trip(x: mx.array, block: int = FP4_BLOCK) -> mx.array:
     """Round to e2m1 with one power-of-two scale per `block` values; as `fp8_round_trip` otherwise."""
-    _expect_blocks("fp4_round_trip", x, block)
+    expect_blocks("fp4_round_trip", "x", x.shape[-1], block)
     return fp4_round_trip_reference(x, block)
 
 
 def fp8_round_trip_reference(x: mx.array, block: int) -> mx.array:
     blocks, scale = _scaled(x, block, FP8_MAX, FP8_FLOOR)
-    rounded = mx.from_fp8(mx.to_fp8(blocks), mx.float32)
-    return (rounded * scale).reshape(x.shape).astype(x.dtype)
+    rounded = mx.from_fp8(mx.to_fp8(blocks), mx.float32) * scale
+    rounded = mx.where(mx.isnan(blocks), blocks, rounded)  # to_fp8 makes a number of NaN, and would hide it
+    return rounded.reshape(x.shape).astype(x.dtype)
 
 
-def fp4_round_trip_reference(x: mx.array, block: int = 32) -> mx.array:
+def fp4_round_trip_reference(x: mx.array, block: int = FP4_BLOCK) -> mx.array:
     blocks, scale = _scaled(x, block, FP4_MAX, FP4_FLOOR)
     size = mx.abs(blocks)
     # Steps of 0.5 below 2, of 1 below 4, of 2 up to 6. mx.round takes ties to even, and so does the format.
     step = mx.where(size < 2, 0.5, mx.where(size < 4, 1.0, 2.0))
     return (mx.round(blocks / step) * step * scale).reshape(x.shape).astype(x.dtype)
+
+
+def hadamard_fp4(x: mx.array) -> mx.array:
+    """Hadamard transform of the last axis, rounded to the type of x, then the FP4 round trip (spec 6.2, 6.3)."""
+    # In float32: in bfloat16 MLX rounds after every stage of the transform, and more codes come out different.
+    turned = mx.hadamard_transform(x.astype(mx.float32)).astype(x.dtype)
+    return fp4_round_trip_reference(turned)
 
 
 def _scaled(x: mx.array, block: int, largest: float, floor: float) -> tuple[mx.array, mx.array]:
@@ -52,8 +61,3 @@ def _scaled(x: mx.array, block: int, largest: float, floor: float) -> tuple[mx.a
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     scale = (exponent << 23).view(mx.float32)
     return mx.clip(blocks / scale, -largest, largest), scale
-
-
-def _expect_blocks(op: str, x: mx.array, block: int) -> None:
-    if x.shape[-1] % block:
-        raise KernelError(f"{op}: x: expected a last axis divisible by {block}, found {x.shape}")

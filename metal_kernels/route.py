@@ -46,7 +46,8 @@ def route_hash_reference(logits: mx.array, ids: mx.array, scale: float) -> mx.ar
 
 
 def _scores(logits: mx.array) -> mx.array:
-    return mx.sqrt(mx.logaddexp(logits, 0.0))  # ln(1 + e^z) without overflow
+    # ln(1 + e^z) without overflow; where e^z is too small to keep, sqrt(e^z) = e^(z/2) still is a number.
+    return mx.where(logits < -20, mx.exp(logits / 2), mx.sqrt(mx.logaddexp(logits, 0.0)))
 
 
 def _weights(scores: mx.array, ids: mx.array, scale: float) -> mx.array:

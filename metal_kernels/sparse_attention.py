@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import KernelError, expect_shape
+from ._dispatch import KernelError, expect_rotation, expect_shape
 from .rope import rope_reference
 
 # Bytes of gathered rows and scores held at a time.
@@ -38,7 +38,7 @@ def sparse_attention(
     B, T, H, K = q.shape
     expect_shape("sparse_attention", "window", window, (B, window.shape[1], K))
     expect_shape("sparse_attention", "sink", sink, (H,))
-    expect_shape("sparse_attention", "cos", cos, (T, cos.shape[-1]))
+    expect_rotation("sparse_attention", cos, sin, T, K)
     if rows is not None:
         expect_shape("sparse_attention", "rows", rows, (B, rows.shape[1], K))
     if picks is not None:

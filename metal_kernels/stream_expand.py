@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_shape, kernel, use_kernel
+
+THREADS = 256
 
 
 def stream_expand(x: mx.array, y: mx.array, post: mx.array, comb: mx.array) -> mx.array:
@@ -22,7 +24,18 @@ def stream_expand(x: mx.array, y: mx.array, post: mx.array, comb: mx.array) -> m
     expect_shape("stream_expand", "y", y, (*x.shape[:-2], D))
     expect_shape("stream_expand", "post", post, x.shape[:-1])
     expect_shape("stream_expand", "comb", comb, (*x.shape[:-2], N, N))
-    return stream_expand_reference(x, y, post, comb)
+    if not use_kernel("stream_expand"):
+        return stream_expand_reference(x, y, post, comb)
+    threads = min(THREADS, -(-D // 32) * 32)
+    (out,) = kernel("stream_expand", ("x", "y", "post", "comb"), ("out",))(
+        inputs=[x, y, post, comb],
+        template=[("Elem", x.dtype), ("N", N), ("D", D)],
+        grid=(-(-D // threads) * threads, x.size // (N * D), 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    return out
 
 
 def stream_expand_reference(x: mx.array, y: mx.array, post: mx.array, comb: mx.array) -> mx.array:

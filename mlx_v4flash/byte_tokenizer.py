@@ -33,7 +33,7 @@ def write_byte_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in (BOS, EOS)])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (BOS, EOS)])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in SPELLINGS[2:]])
     tokenizer.save(str(folder / FILES[0]))
     _write_settings(folder, vocab)

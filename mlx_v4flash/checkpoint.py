@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ class Checkpoint:
         _check(folder, tensors, expected)
         return cls(folder, config, tensors, drafter, naming)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the main model in the files."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -102,6 +102,9 @@ class Run:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Metal's buffers are not all counted by the system; MLX's own figure is. Linux reports kilobytes.
-    return max(peak if sys.platform == "darwin" else peak * 1024, mx.get_peak_memory())
+    if sys.platform == "linux":  # getrusage would start with what the parent process held
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The system does not count all of Metal's buffers; MLX does.
+    return max(peak, mx.get_peak_memory())

@@ -18,7 +18,7 @@ from mlx_v4flash.errors import ConfigError
 from mlx_v4flash.tiny import REAL, TINY
 
 
-def refused(values: dict[str, Any], *parts: str) -> str:
+def expect_refused(values: dict[str, Any], *parts: str) -> str:
     """The refusal's text, which must hold all parts."""
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(values)
@@ -75,12 +75,14 @@ def test_written_configs_equal_the_released_one() -> None:
     ids=["nested", "top level", "text_config alone"],
 )
 def test_v41_is_refused_by_name(values: dict[str, Any]) -> None:
-    assert "hint: mlx-v4flash runs V4-Flash" in refused(values, "config.json: this is DeepSeek-V4.1")
+    assert "hint: mlx-v4flash runs V4-Flash" in expect_refused(values, "config.json: this is DeepSeek-V4.1")
 
 
 @pytest.mark.parametrize("kind", ["llama", "deepseek_v3", None, 4])
 def test_other_models_are_refused(kind: object) -> None:
-    text = refused(FLASH | {"model_type": kind, "text_config": {"model_type": "llama"}}, repr(kind), "'deepseek_v4'")
+    text = expect_refused(
+        FLASH | {"model_type": kind, "text_config": {"model_type": "llama"}}, repr(kind), "'deepseek_v4'"
+    )
     assert "V4.1" not in text
 
 
@@ -102,18 +104,18 @@ CHANGED = {
 @pytest.mark.parametrize("key", CHANGED)
 def test_fixed_settings_cannot_change(key: str) -> None:
     value = CHANGED[key]
-    refused(FLASH | {key: value}, f"config.json: {key}: expected", f"found {value!r}", "hint:")
+    expect_refused(FLASH | {key: value}, f"config.json: {key}: expected", f"found {value!r}", "hint:")
 
 
 @pytest.mark.parametrize(
     "key", ["n_group", "kv_lora_rank", "engram_layer_ids", "quantized", "weight_block_size", "mscale"]
 )
 def test_unknown_settings_are_refused(key: str) -> None:
-    refused(FLASH | {key: 1}, f"config.json: {key}: settings this version does not know", "hint:")
+    expect_refused(FLASH | {key: 1}, f"config.json: {key}: settings this version does not know", "hint:")
 
 
 def test_several_unknown_settings_are_all_named() -> None:
-    refused(FLASH | {"zeta": 1, "alpha": None}, "alpha, zeta")
+    expect_refused(FLASH | {"zeta": 1, "alpha": None}, "alpha, zeta")
 
 
 REQUIRED = [
@@ -129,11 +131,11 @@ REQUIRED = [
 @pytest.mark.parametrize("how", ["absent", "null"])
 def test_missing_keys_are_named(key: str, how: str) -> None:
     values = without(FLASH, key) if how == "absent" else FLASH | {key: None}
-    refused(values, f"config.json: missing {key}\n", "hint: download config.json again")
+    expect_refused(values, f"config.json: missing {key}\n", "hint: download config.json again")
 
 
 def test_all_missing_keys_are_named() -> None:
-    refused(without(FLASH, "hc_eps", "vocab_size"), "missing vocab_size, hc_eps")
+    expect_refused(without(FLASH, "hc_eps", "vocab_size"), "missing vocab_size, hc_eps")
 
 
 def test_the_rest_is_optional() -> None:
@@ -206,7 +208,7 @@ def test_the_rest_is_optional() -> None:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], named: str) -> None:
-    refused(FLASH | changes, f"config.json: {named}")
+    expect_refused(FLASH | changes, f"config.json: {named}")
 
 
 def test_sizes_of_plain_weights_are_free() -> None:
@@ -322,7 +324,7 @@ def test_folded_form_is_accepted() -> None:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_transformers_form_is_not_silently_bent(changes: dict[str, Any], named: str) -> None:
-    refused(FOLDED | changes, "config.json: ", named)
+    expect_refused(FOLDED | changes, "config.json: ", named)
 
 
 # --- the file -------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def answer(kind: Callable[..., HfHubHTTPError], status: int = 404) -> HfHubHTTPE
     return kind("what the server said\nin many lines", response=response)
 
 
-def refused(error: type[V4FlashError], model: str | Path, revision: str | None = None) -> str:
+def expect_refused(error: type[V4FlashError], model: str | Path, revision: str | None = None) -> str:
     with pytest.raises(error) as caught:
         resolve(model, revision)
     text = str(caught.value)
@@ -106,7 +106,7 @@ def test_home_is_expanded(fake: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_revision_of_a_folder(fake: Hub, tmp_path: Path) -> None:
-    text = refused(RequestError, tmp_path, "main")
+    text = expect_refused(RequestError, tmp_path, "main")
     assert text.startswith(f"revision: expected none for a folder, found 'main' with {tmp_path}\n")
 
 
@@ -125,7 +125,7 @@ PATHS = [
 
 @pytest.mark.parametrize("model", [*PATHS, "", ".some/model", "some model/x", Path("some/model")], ids=repr)
 def test_path_without_anything(fake: Hub, model: str | Path) -> None:
-    assert "expected a checkpoint folder, found nothing there\n" in refused(CheckpointError, model)
+    assert "expected a checkpoint folder, found nothing there\n" in expect_refused(CheckpointError, model)
     assert not fake.downloads, "a path must not be looked for on the network"
     assert not fake.asked
 
@@ -133,7 +133,7 @@ def test_path_without_anything(fake: Hub, model: str | Path) -> None:
 def test_path_of_a_file(fake: Hub, tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "model.gguf").write_text("")
-    assert "expected a checkpoint folder, found a file\n" in refused(CheckpointError, "some/model.gguf")
+    assert "expected a checkpoint folder, found a file\n" in expect_refused(CheckpointError, "some/model.gguf")
     assert not fake.downloads
 
 
@@ -192,13 +192,13 @@ def test_what_is_downloaded(fake: Hub) -> None:
 )  # fmt: skip
 def test_failures_are_one_sentence(fake: Hub, error: Exception, named: str) -> None:
     fake.error = error
-    assert named in refused(HubError, NAME, "v9")
+    assert named in expect_refused(HubError, NAME, "v9")
 
 
 def test_partly_downloaded_and_offline(fake: Hub) -> None:
     fake.error = LocalEntryNotFoundError("x")
     fake.error.snapshot_path = "/somewhere"  # type: ignore[attr-defined]  # as IncompleteSnapshotError, of newer versions
-    assert "only part of it was downloaded before" in refused(HubError, NAME)
+    assert "only part of it was downloaded before" in expect_refused(HubError, NAME)
 
 
 def test_a_mistake_of_ours_is_not_hidden(fake: Hub) -> None:
@@ -232,11 +232,11 @@ def test_offline_uses_what_was_downloaded(offline: Path, capsys: pytest.CaptureF
     assert resolve(NAME) == offline / "snapshots" / COMMIT
     assert resolve(NAME, COMMIT) == offline / "snapshots" / COMMIT
     assert capsys.readouterr().err.count(f"{NAME} at revision {COMMIT}\n") == 2
-    assert "never downloaded before" in refused(HubError, NAME, "other")
+    assert "never downloaded before" in expect_refused(HubError, NAME, "other")
 
 
 def test_offline_without_a_download(offline: Path) -> None:
-    text = refused(HubError, NAME)
+    text = expect_refused(HubError, NAME)
     assert text.endswith(
         "and Hugging Face cannot be reached\nhint: connect to the internet and unset HF_HUB_OFFLINE, or pass a folder"
     )
@@ -254,7 +254,9 @@ def disk(fake: Hub, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_too_little_space(fake: Hub, disk: SimpleNamespace) -> None:
     fake.files |= {"README.md": (10**12, "r1"), "original/model.safetensors": (10**12, "o1")}
-    assert refused(HubError, NAME).startswith(f"{NAME}: expected 0.0 GB of free space for {fake.cache}, found 0.0 GB\n")
+    assert expect_refused(HubError, NAME).startswith(
+        f"{NAME}: expected 0.0 GB of free space for {fake.cache}, found 0.0 GB\n"
+    )
     assert not fake.downloads
     disk.free += 1
     resolve(NAME)
@@ -268,7 +270,7 @@ def test_what_is_there_needs_no_space(fake: Hub, disk: SimpleNamespace) -> None:
     disk.free = 100
     (blobs / "c1").write_bytes(b"")
     (blobs / "w1.incomplete").write_bytes(bytes(4899))
-    assert "of free space" in refused(HubError, NAME)
+    assert "of free space" in expect_refused(HubError, NAME)
     (blobs / "w1.incomplete").write_bytes(bytes(4900))
     resolve(NAME)
     (blobs / "w1.incomplete").rename(blobs / "w1")

@@ -40,10 +40,6 @@ def sizes(names: str, *rows: tuple[int, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(keys, rows, ids=ids)
 
 
-# A shape that should be refused and is not: MLX fails with its own words, or broadcasts.
-UNCHECKED = pytest.mark.xfail(strict=True, reason="the op does not check this argument yet")
-
-
 # --- numbers ----------------------------------------------------------------------------------------
 
 

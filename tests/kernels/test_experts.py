@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from support import (
     BOUNDS,
-    UNCHECKED,
     dtype_name,
     expect_equal,
     expect_match,
@@ -25,18 +24,10 @@ from support import (
 from metal_kernels import ExpertWeights, expert_down, expert_gate_up, swiglu
 
 MODES = pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "plain"])
-FLOAT32_ONLY = pytest.mark.xfail(
-    mx.default_device() == mx.cpu, strict=True, raises=RuntimeError, reason="gather_mm of MLX's CPU is float32 only"
-)
 MODES_AND_FLOATS = pytest.mark.parametrize(
     ("mode", "dtype"),
     [
-        pytest.param(
-            mode,
-            dtype,
-            id=f"{mode},{dtype_name(dtype)}",
-            marks=FLOAT32_ONLY if mode == "plain" and dtype != mx.float32 else (),
-        )
+        pytest.param(mode, dtype, id=f"{mode},{dtype_name(dtype)}")
         for mode in ("mxfp4", "mxfp8", "plain")
         for dtype in BOUNDS
     ],
@@ -165,7 +156,6 @@ def test_refuses_other_shapes() -> None:
     expect_refused("expert", expert_down, normal(9, 32), w2, expert[:8], False)
 
 
-@UNCHECKED
 @pytest.mark.parametrize("argument", ["w1", "w3", "w2"])
 def test_refuses_weights_of_another_width(argument: str) -> None:
     x, h, (token, expert, weight) = normal(5, 64), normal(9, 96), pairs(3, 5, 9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import UNCHECKED, expect_equal, expect_refused, generator, normal, run, sizes
+from support import expect_equal, expect_refused, generator, normal, run, sizes
 
 from metal_kernels import index_topk
 
@@ -97,6 +97,5 @@ def test_refuses_fewer_scores_than_places() -> None:
     expect_refused("scores", index_topk, normal(1, 3, 6), 7, mx.array([6, 6, 6]))
 
 
-@UNCHECKED
 def test_refuses_limits_of_another_shape() -> None:
     expect_refused("visible", index_topk, normal(1, 3, 8), 7, mx.array([6]))

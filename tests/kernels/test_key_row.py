@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from support import (
     FLOATS,
-    UNCHECKED,
     expect_equal,
     expect_match,
     expect_refused,
@@ -95,13 +94,11 @@ def test_refuses_other_shapes() -> None:
     expect_refused("cos", key_row, kv, weight, cos[:4], sin, EPS, True)
 
 
-@UNCHECKED
 def test_refuses_sines_of_another_shape() -> None:
     kv, weight, (cos, sin) = normal(1, 5, 70), normal(70), rotation(5, 3)
     expect_refused("sin", key_row, kv, weight, cos, sin[:1], EPS, True)
 
 
-@UNCHECKED
 def test_refuses_a_part_of_a_block() -> None:
     kv, weight, (cos, sin) = normal(1, 5, 70), normal(70), rotation(5, 4)
     expect_refused("kv", key_row, kv, weight, cos, sin, EPS, True)

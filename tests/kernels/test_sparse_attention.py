@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from support import (
     FLOATS,
-    UNCHECKED,
     expect_equal,
     expect_match,
     expect_refused,
@@ -368,7 +367,6 @@ def test_refuses_other_shapes() -> None:
     expect_case_refused("cos", c, cos=c.cos[:4])
 
 
-@UNCHECKED
 def test_refuses_sines_of_another_shape() -> None:
     c = case(2, 5, 20)
     expect_case_refused("sin", c, sin=c.sin[:1])
