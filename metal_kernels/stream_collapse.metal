@@ -1,8 +1,8 @@
 // y[t, d] = s[t, d] / sqrt(mean over d of s[t, d]^2 + eps) * weight[d],  s[t, d] = sum over n of pre[t, n] * x[t, n, d]
 //
 // Grid (THREADS, T), one threadgroup per token; thread i owns elements i, i + THREADS, ... and keeps their s in
-// registers between the two passes (its loops are unrolled, so that they are registers). Streams are added in order in float and s is rounded to Elem before it is
-// squared, as in the reference. Fused because s would else be written and read back.
+// registers (which is why its loops are unrolled by order). Streams are added in order in float and s is rounded to
+// Elem before it is squared, as in the reference. Fused because s would else be written and read back.
 const int thread_index = thread_position_in_threadgroup.x;
 const size_t token = threadgroup_position_in_grid.y;
 constexpr int OWNED = (D + THREADS - 1) / THREADS;

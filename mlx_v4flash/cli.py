@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from metal_kernels import KernelError
+
 from . import __version__
 from .errors import V4FlashError
 
@@ -22,7 +24,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except V4FlashError as error:
+        except (V4FlashError, KernelError) as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
 
@@ -148,6 +150,22 @@ def bench(
     if output is not None:
         report.write(output)
     click.echo(report.json() if as_json else report.table())
+
+
+@main.command()
+@click.option("--kernels", is_flag=True, help="Check and time every Metal kernel; decides which ones are used.")
+@click.option("--emulate", is_flag=True, help="Run them on the CPU instead; from a checkout, with the test extra.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def doctor(kernels: bool, emulate: bool, as_json: bool) -> None:
+    """Examine this machine."""
+    from . import doctor as examination
+
+    if not kernels:
+        raise click.UsageError("expected --kernels: nothing else is examined in this version")
+    verdicts = examination.emulated() if emulate else examination.on_device()
+    click.echo(json.dumps(examination.report(verdicts), indent=2) if as_json else examination.table(verdicts))
+    if not all(v.right for v in verdicts):
+        sys.exit(1)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

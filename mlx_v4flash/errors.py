@@ -23,3 +23,7 @@ class RequestError(V4FlashError, ValueError):
 
 class NumericsError(V4FlashError):
     """The model produced a value that is not a number."""
+
+
+class DeviceError(V4FlashError):
+    """The machine lacks what was asked for."""

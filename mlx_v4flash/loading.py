@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer_files
 
+from . import doctor
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import CheckpointError, RequestError
@@ -50,6 +52,7 @@ def load_model(
     checkpoint = Checkpoint.open(resolve(path, revision))
     numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
+    doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
     load_weights(model, checkpoint, progress)
     model.eval()

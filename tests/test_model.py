@@ -209,18 +209,18 @@ def test_prefill_memory_grows_by_the_cache_alone(folder: str, monkeypatch: pytes
     m, chunk, peaks, sizes = load_model(folder, dtype="float32"), 256, [], []
     cache = m.make_cache()
     before = mx.get_active_memory()
-    for step in range(1, 17):
+    for step in range(1, 25):
         mx.clear_cache()
         mx.reset_peak_memory()
         m(mx.zeros((1, chunk), mx.int32), cache)
         mx.eval([c.state for c in cache])
-        if step in (8, 16):  # 2,048 and 4,096 tokens
+        if step in (8, 24):  # 2,048 and 6,144 tokens
             peaks.append(mx.get_peak_memory() - before)
             sizes.append(sum(c.nbytes for c in cache))
     grown, own = peaks[1] - peaks[0], sizes[1] - sizes[0]
-    # The old and the new buffer of one layer exist together while it grows; index scores have a fixed budget.
-    largest = max(c.attn.rows.buffer.nbytes for c in cache if c.attn is not None)
-    assert 0 < own and grown <= own + largest, f"peak grew by {grown:,} bytes, the cache by {own:,}"
+    # The old and the new buffer of one layer exist together while it grows, and a tile more or less may be in flight.
+    slack = max(c.attn.rows.buffer.nbytes for c in cache if c.attn is not None) + (1 << 20)
+    assert 0 < own and grown <= own + slack, f"peak grew by {grown:,} bytes, the cache by {own:,}"
 
 
 def test_no_step_keeps_the_graph_of_earlier_steps(model: Model) -> None:

@@ -1,0 +1,163 @@
+"""Calls that show whether a kernel is right on this machine: one list for each op, at odd and at real sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .compress import compress
+from .experts import ExpertWeights, expert_down, expert_gate_up
+from .index_query import index_query
+from .index_scores import index_scores
+from .index_topk import index_topk
+from .key_row import key_row
+from .project_f32 import project_f32
+from .query_rope import query_rope
+from .rms_norm import rms_norm
+from .route import route
+from .sparse_attention import sparse_attention
+from .stream_collapse import stream_collapse
+from .stream_expand import stream_expand
+from .stream_mix import stream_head_mix, stream_mix
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        rounds: the result lies on a coarse grid (FP8, FP4), where a last-bit difference may become a whole step.
+        exact: the result is a choice, and must be the same.
+        real: the sizes are those of a decode step of V4-Flash; the others are odd.
+    """
+
+    op: str
+    label: str
+    call: Callable[[], Any]
+    rounds: bool = False
+    exact: bool = False
+    real: bool = True
+
+
+def cases() -> Iterator[Case]:
+    """Every case; arrays are made when a case is asked for, and dropped with it."""
+    for real in (False, True):
+        for dtype in (mx.bfloat16, mx.float32):
+            yield from _streams(real, dtype)
+            yield from _rows(real, dtype)
+            yield from _index(real, dtype)
+            yield from _attention(real, dtype)
+            yield from _experts(real, dtype)
+
+
+def ops() -> list[str]:
+    """Names of all ops that have cases, in order."""
+    return list(dict.fromkeys(case.op for case in cases()))
+
+
+def _normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed + sum(shape))).astype(dtype)
+
+
+def _rotation(T: int, pairs: int) -> tuple[mx.array, mx.array]:
+    angles = (mx.arange(T) + 1000.0)[:, None] * 0.7 ** mx.arange(1, pairs + 1)
+    return mx.cos(angles), mx.sin(angles)
+
+
+def _label(real: bool, dtype: mx.Dtype) -> str:
+    return f"{'real' if real else 'odd'} sizes, {str(dtype).rpartition('.')[2]}"
+
+
+def _streams(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    T, N, D = (1, 4, 4096) if real else (5, 4, 67)
+    label, x = _label(real, dtype), _normal(1, T, N, D, dtype=dtype)
+    weight, y = _normal(D, dtype=dtype), _normal(1, T, D, dtype=dtype)
+    fn, base, scale = _normal((2 + N) * N, N * D) / (N * D) ** 0.5, _normal((2 + N) * N), mx.ones((3,))
+    pre, post, comb = mx.abs(_normal(1, T, N)), _normal(1, T, N), mx.softmax(_normal(1, T, N, N), -1)
+    yield Case("stream_mix", label, lambda: stream_mix(x, fn, base, scale, EPS, EPS, 20), real=real)
+    yield Case("stream_head_mix", label, lambda: stream_head_mix(x, fn[:N], base[:N], scale[:1], EPS, EPS), real=real)
+    yield Case("stream_collapse", label, lambda: stream_collapse(x, pre, weight, EPS), real=real)
+    yield Case("stream_expand", label, lambda: stream_expand(x, y, post, comb), real=real)
+
+
+def _rows(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    T, H, K, P = (1, 64, 512, 64) if real else (3, 5, 70, 6)
+    label, (cos, sin) = _label(real, dtype), _rotation(T, P // 2)
+    q, kv, weight = _normal(1, T, H, K, dtype=dtype), _normal(1, T, K, dtype=dtype), _normal(K, dtype=dtype)
+    wide = _normal(1, T, 1024 if real else 67, dtype=dtype)
+    yield Case("rms_norm", label, lambda: rms_norm(wide, mx.ones(wide.shape[-1]), EPS), real=real)
+    yield Case("query_rope", label, lambda: query_rope(q, cos, sin, EPS), real=real)
+    yield Case("key_row", label, lambda: key_row(kv, weight, cos, sin, EPS, True), rounds=True, real=real)
+    for M in (8, 128):
+        rows, gate = _normal(1, T, M, K), _normal(1, T, M, K, seed=1)
+        yield Case(
+            "compress", f"{label}, {M} tokens",
+            lambda rows=rows, gate=gate: compress(rows, gate, weight, cos, sin, EPS, dtype, "fp8"),  # type: ignore[misc]
+            rounds=True, real=real,
+        )  # fmt: skip
+    logits, bias = _normal(T, 256 if real else 11), _normal(256 if real else 11)
+    yield Case("route", label, lambda: route_by_expert(logits, bias, 6), real=real)
+
+
+def route_by_expert(logits: mx.array, bias: mx.array, k: int) -> mx.array:
+    """Weights [T, E], 0 where an expert is not chosen: the same whatever order the experts come in."""
+    ids, weights = route(logits, bias, k, 1.5)
+    return mx.put_along_axis(mx.zeros_like(logits), ids, weights, axis=-1)
+
+
+def _index(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    T, heads, J, S, k = (1, 64, 128, 4096, 512) if real else (3, 5, 128, 130, 37)
+    label, (cos, sin) = _label(real, dtype), _rotation(T, 32)
+    q, w, keys = _normal(1, T, heads, J, dtype=dtype), _normal(1, T, heads), _normal(1, S, J, dtype=dtype)
+    scores, visible = _normal(1, T, S), mx.arange(S - T + 1, S + 1)
+    gate = _normal(1, T, 8, J, seed=1)
+    yield Case("index_query", label, lambda: index_query(q, cos, sin, True), rounds=True, real=real)
+    yield Case(
+        "compress", f"{label}, index keys",
+        lambda: compress(_normal(1, T, 8, J), gate, mx.ones(J), cos, sin, EPS, dtype, "fp4"), rounds=True, real=real,
+    )  # fmt: skip
+    yield Case("index_scores", label, lambda: index_scores(q, w, keys), real=real)
+    yield Case("index_topk", label, lambda: index_topk(scores, k, visible), exact=True, real=real)
+    ties = mx.round(scores)
+    yield Case("index_topk", f"{label}, ties", lambda: index_topk(ties, k, visible), exact=True, real=real)
+
+
+def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    T, H, K, S, k = (1, 64, 512, 2048, 512) if real else (3, 5, 70, 130, 37)
+    label, (cos, sin) = _label(real, dtype), _rotation(T, 32)
+    q, sink = _normal(1, T, H, K, dtype=dtype), _normal(H)
+    window, rows = _normal(1, 127 + T, K, dtype=dtype), _normal(1, S, K, dtype=dtype)
+    picks = mx.sort(mx.argpartition(_normal(1, T, S), k, axis=-1)[..., :k], axis=-1).astype(mx.int32)
+
+    def attend(rows: mx.array | None, picks: mx.array | None) -> mx.array:
+        return sparse_attention(
+            q, window, rows, picks, sink, cos, sin, position=4 * S, ratio=4, window_size=128
+        )  # fmt: skip
+
+    yield Case("sparse_attention", f"{label}, window", lambda: attend(None, None), real=real)
+    yield Case("sparse_attention", f"{label}, all rows", lambda: attend(rows, None), real=real)
+    yield Case("sparse_attention", f"{label}, picked rows", lambda: attend(rows, picks), real=real)
+
+
+def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    E, A, D, F = (16, 6, 4096, 2048) if real else (5, 3, 96, 64)
+    label, x, h = _label(real, dtype), _normal(1, D, dtype=dtype), _normal(A, F, dtype=dtype)
+    w1, w3, w2 = (_packed(E, rows, columns) for rows, columns in ((F, D), (F, D), (D, F)))
+    token, expert, weight = mx.zeros((A,), mx.int32), mx.arange(E - A, E).astype(mx.int32), mx.abs(_normal(A))
+    yield Case(
+        "expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, token, expert, weight, 10.0, False), real=real
+    )
+    yield Case("expert_down", label, lambda: expert_down(h, w2, expert, False), real=real)
+    head = _normal(16384 if real else 67, D, dtype=mx.bfloat16)
+    yield Case("project_f32", label, lambda: project_f32(x, head), real=real)
+
+
+def _packed(E: int, rows: int, columns: int) -> ExpertWeights:
+    weight = mx.random.randint(0, 2**31 - 1, (E, rows, columns // 8), mx.int32, key=mx.random.key(E)).view(mx.uint32)
+    scales = mx.random.randint(117, 121, (E, rows, columns // 32), mx.int32, key=mx.random.key(rows)).astype(mx.uint8)
+    return ExpertWeights(weight, scales, "mxfp4")
