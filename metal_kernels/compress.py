@@ -6,13 +6,15 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ._dispatch import expect_blocks, expect_rotation, expect_shape
+from ._dispatch import expect_blocks, expect_rotation, expect_shape, kernel, scalar, use_kernel
 from .key_row import FP8_BLOCK, fp8_except_rotated
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
 from .round_trip import FP4_BLOCK, hadamard_fp4
 
 Quant = Literal["none", "fp8", "fp4"]
+# Of the kernel: each takes pairs of channels.
+MAX_THREADS = 256
 
 
 def compress(
@@ -35,7 +37,7 @@ def compress(
     Returns:
         [B, S, K] in `dtype`.
     """
-    B, S, _, K = kv.shape
+    B, S, M, K = kv.shape
     expect_shape("compress", "gate", gate, kv.shape)
     expect_shape("compress", "weight", weight, (K,))
     expect_rotation("compress", cos, sin, S, K)
@@ -43,7 +45,24 @@ def compress(
         expect_blocks("compress", "kv", K - 2 * cos.shape[-1], FP8_BLOCK)
     elif quant == "fp4":
         expect_blocks("compress", "kv", K, FP4_BLOCK)
-    return compress_reference(kv, gate, weight, cos, sin, eps, dtype, quant)
+    covers = K.bit_count() == 1 if quant == "fp4" else K % 2 == 0
+    limit = f"{'a power of two' if quant == 'fp4' else 'an even number'} of channels"
+    if not use_kernel("compress", covers=covers, limit=limit):
+        return compress_reference(kv, gate, weight, cos, sin, eps, dtype, quant)
+    threads = min(MAX_THREADS, -(-K // 64) * 32)
+    inputs = ("kv", "gate", "weight", "cosines", "sines", "eps")
+    (out,) = kernel("compress", inputs, ("out",), header="row rounding hadamard")(
+        inputs=[kv, gate, weight, cos, sin, scalar(eps)],
+        template=[
+            ("Elem", dtype), ("M", M), ("K", K), ("P", 2 * cos.shape[-1]), ("THREADS", threads),
+            ("QUANT", ("none", "fp8", "fp4").index(quant)),
+        ],
+        grid=(threads, B * S, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(B, S, K)],
+        output_dtypes=[dtype],
+    )  # fmt: skip
+    return out
 
 
 def compress_reference(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_rotation
+from ._dispatch import expect_blocks, expect_rotation, kernel, use_kernel
 from .rope import rope_reference
-from .round_trip import hadamard_fp4
+from .round_trip import FP4_BLOCK, hadamard_fp4
 
 
 def index_query(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.array:
@@ -21,7 +21,22 @@ def index_query(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.arra
         [B, T, I, J] in the type of q.
     """
     expect_rotation("index_query", cos, sin, q.shape[1], q.shape[-1])
-    return index_query_reference(q, cos, sin, fp4)
+    J = q.shape[-1]
+    if fp4:
+        expect_blocks("index_query", "q", J, FP4_BLOCK)
+    covers = J.bit_count() == 1 if fp4 else J % 2 == 0
+    limit = f"{'a power of two' if fp4 else 'an even number'} of dimensions"
+    if not use_kernel("index_query", covers=covers, limit=limit):
+        return index_query_reference(q, cos, sin, fp4)
+    (out,) = kernel("index_query", ("q", "cosines", "sines"), ("out",), header="row rounding hadamard")(
+        inputs=[q, cos, sin],
+        template=[("Elem", q.dtype), ("H", q.shape[2]), ("K", J), ("P", 2 * cos.shape[-1]), ("FP4", fp4)],
+        grid=(32, q.size // J, 1),
+        threadgroup=(32, 8, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    return out
 
 
 def index_query_reference(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.array:

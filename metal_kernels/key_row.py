@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_blocks, expect_rotation, expect_shape
+from ._dispatch import expect_blocks, expect_rotation, expect_shape, kernel, scalar, use_kernel
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
 from .round_trip import fp8_round_trip_reference
@@ -28,7 +28,18 @@ def key_row(kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: f
     expect_rotation("key_row", cos, sin, kv.shape[1], kv.shape[-1])
     if fp8:
         expect_blocks("key_row", "kv", kv.shape[-1] - 2 * cos.shape[-1], FP8_BLOCK)
-    return key_row_reference(kv, weight, cos, sin, eps, fp8)
+    K = kv.shape[-1]
+    if not use_kernel("key_row", covers=K % 2 == 0, limit="an even number of dimensions"):
+        return key_row_reference(kv, weight, cos, sin, eps, fp8)
+    (out,) = kernel("key_row", ("kv", "weight", "cosines", "sines", "eps"), ("out",), header="row rounding")(
+        inputs=[kv, weight, cos, sin, scalar(eps)],
+        template=[("Elem", kv.dtype), ("K", K), ("P", 2 * cos.shape[-1]), ("FP8", fp8)],
+        grid=(32, kv.size // K, 1),
+        threadgroup=(32, 8, 1),
+        output_shapes=[kv.shape],
+        output_dtypes=[kv.dtype],
+    )
+    return out
 
 
 def key_row_reference(kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool) -> mx.array:

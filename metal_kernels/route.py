@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_shape, kernel, scalar, use_kernel
+
+# One lane of a simdgroup for each.
+MAX_CHOSEN = 32
 
 
 def route(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.array, mx.array]:
@@ -19,7 +22,18 @@ def route(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.ar
         ids [..., k], int32, and weights [..., k], float32, which sum to `scale`.
     """
     expect_shape("route", "bias", bias, logits.shape[-1:])
-    return route_reference(logits, bias, k, scale)
+    if not use_kernel("route", covers=k <= MAX_CHOSEN, limit=f"at most {MAX_CHOSEN} experts of a token"):
+        return route_reference(logits, bias, k, scale)
+    E, lead = logits.shape[-1], logits.shape[:-1]
+    ids, weights = kernel("route", ("logits", "bias", "scale"), ("ids", "weights"), header="route_score")(
+        inputs=[logits, bias, scalar(scale)],
+        template=[("E", E), ("A", k)],
+        grid=(32, logits.size // E, 1),
+        threadgroup=(32, 8, 1),
+        output_shapes=[(*lead, k), (*lead, k)],
+        output_dtypes=[mx.int32, mx.float32],
+    )
+    return ids, weights
 
 
 def route_reference(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.array, mx.array]:
@@ -38,7 +52,18 @@ def route_hash(logits: mx.array, ids: mx.array, scale: float) -> mx.array:
         weights [..., A], float32, which sum to `scale`.
     """
     expect_shape("route_hash", "ids", ids, (*logits.shape[:-1], ids.shape[-1]))
-    return route_hash_reference(logits, ids, scale)
+    A = ids.shape[-1]
+    if not use_kernel("route_hash", covers=A <= MAX_CHOSEN, limit=f"at most {MAX_CHOSEN} experts of a token"):
+        return route_hash_reference(logits, ids, scale)
+    (weights,) = kernel("route_hash", ("logits", "ids", "scale"), ("weights",), header="route_score")(
+        inputs=[logits, ids, scalar(scale)],
+        template=[("E", logits.shape[-1]), ("A", A)],
+        grid=(32, ids.size // A, 1),
+        threadgroup=(32, 8, 1),
+        output_shapes=[ids.shape],
+        output_dtypes=[mx.float32],
+    )
+    return weights
 
 
 def route_hash_reference(logits: mx.array, ids: mx.array, scale: float) -> mx.array:

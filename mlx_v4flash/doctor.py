@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -198,16 +199,23 @@ def emulated() -> list[Verdict]:
     Raises:
         DeviceError: the emulator is not there.
     """
+    folder = Path(__file__).parents[1] / "tests" / "metal"
+    sys.path.insert(0, str(folder))
     try:
-        emulator = importlib.import_module("tests.metal.emulator")
+        emulator, compiler = importlib.import_module("emulator"), importlib.import_module("compiler")
     except ImportError as e:
         raise DeviceError(
-            f"doctor: expected the emulator in tests/metal, found {e}\n"
+            f"doctor: expected the emulator in {folder}, found {e}\n"
             "hint: run this in a checkout, with pip install -e '.[test]'"
         ) from e
+    finally:
+        sys.path.remove(str(folder))
+    if reason := compiler.missing():
+        raise DeviceError(f"doctor: the emulator cannot run: {reason}")
     factory, _dispatch.kernel_factory = _dispatch.kernel_factory, emulator.metal_kernel
     try:
-        return [check(op, quick=True, timed=False) for op in with_kernel()]
+        with emulator.emulate(repeat=True):
+            return [check(op, quick=True, timed=False) for op in with_kernel()]
     finally:
         _dispatch.kernel_factory = factory
 

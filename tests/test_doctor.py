@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -201,3 +202,14 @@ def test_command_without_a_device_says_so() -> None:
     result = CliRunner().invoke(main, ["doctor", "--kernels"])
     assert result.exit_code == 1 and "expected a Metal device" in result.stderr and "--emulate" in result.stderr
     assert CliRunner().invoke(main, ["doctor"]).exit_code == 2
+
+
+def test_kernels_are_right_in_emulation() -> None:
+    """The whole way of `doctor --kernels --emulate`, in a process of its own."""
+    command = [sys.executable, "-m", "mlx_v4flash", "doctor", "--kernels", "--emulate", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "the emulator cannot run" in done.stderr or "expected the emulator" in done.stderr:
+        pytest.skip(f"NO METAL KERNEL WAS RUN: {done.stderr.splitlines()[0]}")
+    assert done.returncode == 0, done.stderr or done.stdout
+    verdicts = json.loads(done.stdout)["verdicts"]
+    assert [v["op"] for v in verdicts] == doctor.with_kernel() and all(v["right"] for v in verdicts)

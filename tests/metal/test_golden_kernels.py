@@ -1,0 +1,35 @@
+"""Golden cases with every kernel emulated: equal to the official code's numbers, and to the reference run."""
+
+from __future__ import annotations
+
+import golden
+import mlx.core as mx
+import numpy as np
+import pytest
+from emulator import Session
+
+from metal_kernels import kernels
+from mlx_v4flash import Model, load_model
+
+PREFILL, STEPS = 37, 4
+
+
+def run(model: Model, ids: mx.array) -> np.ndarray:
+    """Logits of a prefill and of single tokens after it, [T, V]."""
+    cache = model.make_cache()
+    parts = [model(ids[:, :PREFILL], cache)]
+    parts += [model(ids[:, t : t + 1], cache) for t in range(PREFILL, PREFILL + STEPS)]
+    return np.concatenate([np.array(part)[0] for part in parts])
+
+
+@pytest.mark.parametrize("case", ["f32-exact", "official-qat"])
+def test_logits(case: str, emulated: Session) -> None:
+    want = golden.expected(case)
+    model = load_model(golden.folder(case), dtype="float32", simulate_cache_quant=case == "official-qat")
+    ids = mx.array(want["input_ids"])[None]
+    found = run(model, ids)
+    assert emulated.dispatches, "no kernel ran"
+    golden.expect_within(found, want["logits"][: PREFILL + STEPS], golden.tolerance(case)["float32"]["logits"], case)
+    with kernels("reference"):
+        error = golden.relative_rms(found, run(model, ids))
+    assert 0 < error <= 5e-6, f"{case}: {error:.2e} from the reference run"
