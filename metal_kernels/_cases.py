@@ -17,7 +17,7 @@ from .key_row import key_row
 from .project_f32 import project_f32
 from .query_rope import query_rope
 from .rms_norm import rms_norm
-from .route import route
+from .route import route, route_hash
 from .sparse_attention import sparse_attention
 from .stream_collapse import stream_collapse
 from .stream_expand import stream_expand
@@ -102,6 +102,8 @@ def _rows(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
         )  # fmt: skip
     logits, bias = _normal(T, 256 if real else 11), _normal(256 if real else 11)
     yield Case("route", label, lambda: route_by_expert(logits, bias, 6), real=real)
+    ids = mx.arange(T * 6).reshape(T, 6) % logits.shape[-1]
+    yield Case("route_hash", label, lambda: route_hash(logits, ids, 1.5), real=real)
 
 
 def route_by_expert(logits: mx.array, bias: mx.array, k: int) -> mx.array:

@@ -46,7 +46,7 @@ def compress(
     elif quant == "fp4":
         expect_blocks("compress", "kv", K, FP4_BLOCK)
     covers = K.bit_count() == 1 if quant == "fp4" else K % 2 == 0
-    limit = f"{'a power of two' if quant == 'fp4' else 'an even number'} of channels"
+    limit = f"a number of channels that is {'a power of two' if quant == 'fp4' else 'even'}"
     if not use_kernel("compress", covers=covers, limit=limit):
         return compress_reference(kv, gate, weight, cos, sin, eps, dtype, quant)
     threads = min(MAX_THREADS, -(-K // 64) * 32)

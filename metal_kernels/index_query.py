@@ -25,7 +25,7 @@ def index_query(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.arra
     if fp4:
         expect_blocks("index_query", "q", J, FP4_BLOCK)
     covers = J.bit_count() == 1 if fp4 else J % 2 == 0
-    limit = f"{'a power of two' if fp4 else 'an even number'} of dimensions"
+    limit = f"a number of dimensions that is {'a power of two' if fp4 else 'even'}"
     if not use_kernel("index_query", covers=covers, limit=limit):
         return index_query_reference(q, cos, sin, fp4)
     (out,) = kernel("index_query", ("q", "cosines", "sines"), ("out",), header="row rounding hadamard")(

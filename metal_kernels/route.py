@@ -22,9 +22,9 @@ def route(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.ar
         ids [..., k], int32, and weights [..., k], float32, which sum to `scale`.
     """
     expect_shape("route", "bias", bias, logits.shape[-1:])
-    if not use_kernel("route", covers=k <= MAX_CHOSEN, limit=f"at most {MAX_CHOSEN} experts of a token"):
-        return route_reference(logits, bias, k, scale)
     E, lead = logits.shape[-1], logits.shape[:-1]
+    if not use_kernel("route", covers=k <= min(MAX_CHOSEN, E), limit=f"at most {MAX_CHOSEN} of the experts"):
+        return route_reference(logits, bias, k, scale)
     ids, weights = kernel("route", ("logits", "bias", "scale"), ("ids", "weights"), header="route_score")(
         inputs=[logits, bias, scalar(scale)],
         template=[("E", E), ("A", k)],
@@ -53,7 +53,7 @@ def route_hash(logits: mx.array, ids: mx.array, scale: float) -> mx.array:
     """
     expect_shape("route_hash", "ids", ids, (*logits.shape[:-1], ids.shape[-1]))
     A = ids.shape[-1]
-    if not use_kernel("route_hash", covers=A <= MAX_CHOSEN, limit=f"at most {MAX_CHOSEN} experts of a token"):
+    if not use_kernel("route_hash", covers=A <= MAX_CHOSEN, limit=f"at most {MAX_CHOSEN} experts"):
         return route_hash_reference(logits, ids, scale)
     (weights,) = kernel("route_hash", ("logits", "ids", "scale"), ("weights",), header="route_score")(
         inputs=[logits, ids, scalar(scale)],
