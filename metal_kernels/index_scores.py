@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_shape, kernel, use_kernel
 
 # Bytes of per-head scores held at a time.
 _WORK_BYTES = 32 << 20
+
+# Simdgroups of a threadgroup, 16 keys each, and the most heads they take at once, in matrices of 8: what 32 KiB hold.
+_SIMDS, _BLOCKS = 4, 8
 
 
 def index_scores(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
@@ -24,7 +27,19 @@ def index_scores(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
     B, T, heads, J = q.shape
     expect_shape("index_scores", "w", w, (B, T, heads))
     expect_shape("index_scores", "keys", keys, (B, keys.shape[1], J))
-    return index_scores_reference(q, w, keys)
+    S = keys.shape[1]
+    if not use_kernel("index_scores", covers=q.dtype == keys.dtype, limit="queries and keys of one type"):
+        return index_scores_reference(q, w, keys)
+    blocks = min(_BLOCKS, -(-heads // 8))
+    (scores,) = kernel("index_scores", ("q", "w", "keys"), ("scores",))(
+        inputs=[q, w, keys],
+        template=[("I", heads), ("J", J), ("BLOCKS", blocks), ("SIMDS", _SIMDS)],
+        grid=(32 * _SIMDS, -(-S // (16 * _SIMDS)), B * T),
+        threadgroup=(32 * _SIMDS, 1, 1),
+        output_shapes=[(B, T, S)],
+        output_dtypes=[mx.float32],
+    )
+    return scores
 
 
 def index_scores_reference(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import KernelError, expect_shape
+from ._dispatch import KernelError, expect_shape, kernel, use_kernel
+
+_THREADS = 1024  # as in the body
 
 
 def index_topk(scores: mx.array, k: int, visible: mx.array) -> mx.array:
@@ -15,12 +17,22 @@ def index_topk(scores: mx.array, k: int, visible: mx.array) -> mx.array:
         visible: how many leading rows each query may see, [T], int32.
 
     Returns:
-        [B, T, k], int32, ascending; -1 where fewer than k rows are visible.
+        [B, T, k], int32, ascending, after -1 where fewer than k rows are visible.
     """
     if scores.shape[-1] < k:
         raise KernelError(f"index_topk: scores: expected at least {k} rows, found {scores.shape}")
     expect_shape("index_topk", "visible", visible, scores.shape[1:2])
-    return index_topk_reference(scores, k, visible)
+    B, T, _ = scores.shape
+    if not use_kernel("index_topk", covers=scores.dtype == mx.float32, limit="scores in float32"):
+        return index_topk_reference(scores, k, visible)
+    (picks,) = kernel("index_topk", ("scores", "visible", "places"), ("picks",), header="index_order")(
+        inputs=[scores, visible, mx.array([k], mx.int32)],
+        grid=(_THREADS, B * T, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(B, T, k)],
+        output_dtypes=[mx.int32],
+    )
+    return picks
 
 
 def index_topk_reference(scores: mx.array, k: int, visible: mx.array) -> mx.array:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import KernelError, expect_rotation, expect_shape
+from ._dispatch import KernelError, expect_rotation, expect_shape, kernel, scalar, use_kernel
 from .rope import rope_reference
 
 # Bytes of gathered rows and scores held at a time.
 _WORK_BYTES = 32 << 20
+
+# Heads of a simdgroup and simdgroups of a threadgroup: a row is read once for 32 heads, whose sums and queries fill
+# the registers. Rows in threadgroup memory at a time take half of it, and there is a lane for each.
+_HEADS, _SIMDS, _TILE_BYTES, _TILE_ROWS = 2, 16, 16384, 32
+
+# A split has no fewer keys than this, since its sums are as large as 2 * H rows, and there are no more threadgroups.
+_SPLIT_KEYS, _THREADGROUPS = 64, 128
 
 
 def sparse_attention(
@@ -47,9 +54,53 @@ def sparse_attention(
             raise KernelError("sparse_attention: picks: expected none without compressed rows")
     if not T <= window.shape[1]:
         raise KernelError(f"sparse_attention: window: expected at least {T} rows, found {window.shape[1]}")
-    return sparse_attention_reference(
-        q, window, rows, picks, sink, cos, sin, position=position, ratio=ratio, window_size=window_size
-    )
+    covers = K % 2 == 0 and all(a is None or a.dtype == q.dtype for a in (window, rows))
+    if not use_kernel("sparse_attention", covers=covers, limit="an even head width, and rows in the type of q"):
+        return sparse_attention_reference(
+            q, window, rows, picks, sink, cos, sin, position=position, ratio=ratio, window_size=window_size
+        )
+    count = 0 if rows is None else rows.shape[1] if picks is None else picks.shape[-1]
+    sizes = mx.array([position, ratio, window_size, count], mx.int32)
+    keys = min(window.shape[1], window_size) + (count if picks is not None else min(count, (position + T) // ratio))
+    return _launch(q, window, rows, picks, sink, cos, sin, sizes, keys)
+
+
+def _launch(
+    q: mx.array, window: mx.array, rows: mx.array | None, picks: mx.array | None, sink: mx.array,
+    cos: mx.array, sin: mx.array, sizes: mx.array, keys: int,
+) -> mx.array:  # fmt: skip
+    """The kernel on the keys of each query, at most `keys`, and a second one if they are split."""
+    B, T, H, K = q.shape
+    simds = min(_SIMDS, -(-H // _HEADS))
+    groups = B * T * -(-H // (_HEADS * simds))
+    splits = max(1, min(-(-keys // _SPLIT_KEYS), _THREADGROUPS // groups))
+    tile = max(1, min(_TILE_ROWS, _TILE_BYTES // (-(-K // 64) * 64 * q.dtype.size)))
+    template = [("Elem", q.dtype), ("H", H), ("K", K), ("P", 2 * cos.shape[-1])]
+    names = ("q", "window", "rows", "picks", "sink", "cosines", "sines", "scale", "sizes")
+    # What is absent is not read.
+    rows, is_picked, picks = window if rows is None else rows, picks is not None, sizes if picks is None else picks
+    out, stats = kernel("sparse_attention", names, ("out", "stats"), header="row attention_row")(
+        inputs=[q, window, rows, picks, sink, cos, sin, scalar(K**-0.5), sizes],
+        template=[
+            *template, ("HEADS", _HEADS), ("SIMDS", simds), ("TILE", tile), ("PICKED", is_picked),
+            ("FINAL", splits == 1),
+        ],
+        grid=(32 * simds, splits, groups),
+        threadgroup=(32 * simds, 1, 1),
+        output_shapes=[q.shape if splits == 1 else (B * T, splits, H, K), (B * T, splits, H, 2)],
+        output_dtypes=[q.dtype if splits == 1 else mx.float32, mx.float32],
+    )  # fmt: skip
+    if splits > 1:
+        names = ("sums", "stats", "cosines", "sines")
+        (out,) = kernel("attention_combine", names, ("out",), header="row")(
+            inputs=[out, stats, cos, sin],
+            template=template,
+            grid=(-(-K // 64) * 32, H, B * T),
+            threadgroup=(32, 8, 1),
+            output_shapes=[q.shape],
+            output_dtypes=[q.dtype],
+        )
+    return out
 
 
 def sparse_attention_reference(

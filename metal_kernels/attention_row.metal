@@ -1,0 +1,66 @@
+// Keys in threadgroup memory and the heads that meet them, pairs of a row spread over lanes as in row.metal.
+
+// Pairs of a key from device memory; zeros behind it, so that the loops below need not ask.
+template <int K, typename Elem, typename Source>
+inline void stage_row(threadgroup vec<Elem, 2>* target, Source source, size_t at, int lane) {
+    for (int p = lane; p < (K + 63) / 64 * 32; p += 32) {
+        const Elem zero = static_cast<Elem>(0.0f);
+        target[p] = 2 * p < K ? vec<Elem, 2>(source[at + 2 * p], source[at + 2 * p + 1]) : vec<Elem, 2>(zero, zero);
+    }
+}
+
+// A query in the type of the array, which takes half the registers of float.
+template <int K, typename Elem, typename Source>
+inline void load_query(thread Elem* query, Source source, size_t at, int lane) {
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        const int d = 2 * (i * 32 + lane);
+        query[2 * i] = d < K ? source[at + d] : static_cast<Elem>(0.0f);
+        query[2 * i + 1] = d < K ? source[at + d + 1] : static_cast<Elem>(0.0f);
+    }
+}
+
+// The share of this lane in query . row
+template <int K, typename Elem>
+inline float dot_row(const thread Elem* query, const threadgroup vec<Elem, 2>* row, int lane) {
+    float dot = 0.0f;
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        const vec<Elem, 2> pair = row[i * 32 + lane];
+        dot += static_cast<float>(query[2 * i]) * static_cast<float>(pair.x);
+        dot += static_cast<float>(query[2 * i + 1]) * static_cast<float>(pair.y);
+    }
+    return dot;
+}
+
+// sum = sum + weight * row
+template <int K, typename Elem>
+inline void add_row(thread float2* sum, float weight, const threadgroup vec<Elem, 2>* row, int lane) {
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        const vec<Elem, 2> pair = row[i * 32 + lane];
+        sum[i] += weight * float2(static_cast<float>(pair.x), static_cast<float>(pair.y));
+    }
+}
+
+template <int K>
+inline void scale_row(thread float2* row, float factor) {
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        row[i] *= factor;
+    }
+}
+
+// To Elem, and the last P values rotated by minus the angle: a swapped pair, turned forward, is the pair turned back.
+template <typename Elem, int K, int P, typename Table>
+inline void rotate_row_back(thread float2* row, Table cosines, Table sines, int lane) {
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        row[i] = rounded<Elem>(row[i]).yx;
+    }
+    rotate_row<Elem, K, P>(row, cosines, sines, lane);
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        row[i] = row[i].yx;
+    }
+}
