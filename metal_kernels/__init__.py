@@ -8,7 +8,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from ._dispatch import KernelError, active, kernels
 from .compress import Quant, compress
-from .experts import ExpertWeights, expert_down, expert_gate_up, swiglu
+from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up, swiglu
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
@@ -32,6 +32,7 @@ __all__ = [
     "active",
     "compress",
     "expert_down",
+    "expert_down_sum",
     "expert_gate_up",
     "fp4_round_trip",
     "fp8_round_trip",

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .compress import compress
-from .experts import ExpertWeights, expert_down, expert_gate_up
+from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
@@ -155,6 +155,7 @@ def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
         "expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, token, expert, weight, 10.0, False), real=real
     )
     yield Case("expert_down", label, lambda: expert_down(h, w2, expert, False), real=real)
+    yield Case("expert_down_sum", label, lambda: expert_down_sum(h[None], w2, expert[None]), real=real)
     head = _normal(16384 if real else 67, D, dtype=mx.bfloat16)
     yield Case("project_f32", label, lambda: project_f32(x, head), real=real)
 

@@ -6,13 +6,24 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape
+from ._dispatch import expect_shape, kernel, scalar, use_kernel
 from .quantized_product import BITS, GROUP_SIZE, summed_in_float32
+
+# The kernels read an expert once for each of its pairs, which pays for few of them; MLX's products are for more.
+MAX_PAIRS = 96
+# A simdgroup of the sum over experts takes one of them.
+MAX_CHOSEN = 16
+_LIMIT = f"up to {MAX_PAIRS} pairs and {MAX_CHOSEN} experts per token of quantised weights, of at least 8 words"
+# Rows that a simdgroup takes of each matrix, and the simdgroups of a threadgroup.
+_GATE_UP_ROWS, _DOWN_ROWS, _SIMDGROUPS = 2, 4, 4
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One matrix of every expert: [E, rows, columns], packed as `mode` says, or plain if scales is None."""
+    """One matrix of every expert: [E, rows, columns], packed as `mode` says, or plain if scales is None.
+
+    In place of all experts it may hold those in memory, if pairs name their slots.
+    """
 
     weight: mx.array
     scales: mx.array | None = None
@@ -21,6 +32,17 @@ class ExpertWeights:
     def packed(self, columns: int) -> int:
         """Elements of `weight` that hold this many columns."""
         return columns if self.scales is None else columns * BITS[self.mode] // 32
+
+    def expect(self, op: str, name: str, lead: tuple[int, ...], columns: int) -> None:
+        """Raise KernelError unless the matrices are as many and have as many rows as `lead` says, and these columns."""
+        expect_shape(op, name, self.weight, (*lead, self.packed(columns)))
+        if self.scales is not None:
+            expect_shape(op, f"{name}.scales", self.scales, (*lead, columns // GROUP_SIZE))
+
+    def covered(self, pairs: int, columns: int) -> bool:
+        """Whether the kernels are made for so many pairs and these weights."""
+        packed = self.scales is not None and columns % GROUP_SIZE == 0 and self.weight.size >= 8
+        return packed and 1 <= pairs <= MAX_PAIRS
 
 
 def expert_gate_up(
@@ -40,8 +62,21 @@ def expert_gate_up(
     for name, array in (("token", token), ("weight", weight)):
         expect_shape("expert_gate_up", name, array, expert.shape)
     for name, matrix in (("w1", w1), ("w3", w3)):
-        expect_shape("expert_gate_up", name, matrix.weight, (*w1.weight.shape[:2], matrix.packed(x.shape[-1])))
-    return expert_gate_up_reference(x, w1, w3, token, expert, weight, limit, sorted_experts)
+        matrix.expect("expert_gate_up", name, w1.weight.shape[:2], x.shape[-1])
+    P, D, F = expert.size, x.shape[-1], w1.weight.shape[1]
+    covers = w1.covered(P, D) and w3.covered(P, D) and w1.mode == w3.mode
+    if not use_kernel("expert_gate_up", covers=covers, limit=_LIMIT):
+        return expert_gate_up_reference(x, w1, w3, token, expert, weight, limit, sorted_experts)
+    inputs = ("x", "w1", "s1", "w3", "s3", "token", "expert", "weight", "limit")
+    (y,) = kernel("expert_gate_up", inputs, ("y",), header="decode")(
+        inputs=[x, w1.weight, w1.scales, w3.weight, w3.scales, token, expert, weight, scalar(limit)],
+        template=[("Elem", x.dtype), ("BITS", BITS[w1.mode]), ("D", D), ("F", F), ("ROWS", _GATE_UP_ROWS)],
+        grid=(32, _simdgroups(F, _GATE_UP_ROWS), P),
+        threadgroup=(32, _SIMDGROUPS, 1),
+        output_shapes=[(P, F)],
+        output_dtypes=[x.dtype],
+    )
+    return y
 
 
 def expert_gate_up_reference(
@@ -69,12 +104,58 @@ def expert_down(h: mx.array, w2: ExpertWeights, expert: mx.array, sorted_experts
         [P, D] in the type of h.
     """
     expect_shape("expert_down", "expert", expert, h.shape[:1])
-    expect_shape("expert_down", "w2", w2.weight, (*w2.weight.shape[:2], w2.packed(h.shape[-1])))
-    return expert_down_reference(h, w2, expert, sorted_experts)
+    w2.expect("expert_down", "w2", w2.weight.shape[:2], h.shape[-1])
+    (P, F), D = h.shape, w2.weight.shape[1]
+    if not use_kernel("expert_down", covers=w2.covered(P, F), limit=_LIMIT):
+        return expert_down_reference(h, w2, expert, sorted_experts)
+    (y,) = kernel("expert_down", ("h", "w2", "s2", "expert"), ("y",), header="decode")(
+        inputs=[h, w2.weight, w2.scales, expert],
+        template=[("Elem", h.dtype), ("BITS", BITS[w2.mode]), ("D", D), ("F", F), ("ROWS", _DOWN_ROWS)],
+        grid=(32, _simdgroups(D, _DOWN_ROWS), P),
+        threadgroup=(32, _SIMDGROUPS, 1),
+        output_shapes=[(P, D)],
+        output_dtypes=[h.dtype],
+    )
+    return y
 
 
 def expert_down_reference(h: mx.array, w2: ExpertWeights, expert: mx.array, sorted_experts: bool) -> mx.array:
     return _gather(h, w2, mx.arange(h.shape[0]), expert, sorted_experts)
+
+
+def expert_down_sum(h: mx.array, w2: ExpertWeights, expert: mx.array) -> mx.array:
+    """Sum over the experts of a token of w2 h; the products are rounded to the type of h, their sum is float32.
+
+    Args:
+        h: [T, A, F], any float type; expert: [T, A].
+
+    Returns:
+        [T, D], float32.
+    """
+    expect_shape("expert_down_sum", "expert", expert, h.shape[:2])
+    w2.expect("expert_down_sum", "w2", w2.weight.shape[:2], h.shape[-1])
+    (T, A, F), D = h.shape, w2.weight.shape[1]
+    if not use_kernel("expert_down_sum", covers=w2.covered(T * A, F) and A <= MAX_CHOSEN, limit=_LIMIT):
+        return expert_down_sum_reference(h, w2, expert)
+    (y,) = kernel("expert_down_sum", ("h", "w2", "s2", "expert"), ("y",), header="decode")(
+        inputs=[h, w2.weight, w2.scales, expert],
+        template=[("Elem", h.dtype), ("BITS", BITS[w2.mode]), ("A", A), ("D", D), ("F", F), ("ROWS", _DOWN_ROWS)],
+        grid=(32, A, -(-D // _DOWN_ROWS) * T),
+        threadgroup=(32, A, 1),
+        output_shapes=[(T, D)],
+        output_dtypes=[mx.float32],
+    )
+    return y
+
+
+def expert_down_sum_reference(h: mx.array, w2: ExpertWeights, expert: mx.array) -> mx.array:
+    y = expert_down_reference(h.flatten(0, 1), w2, expert.flatten(), False)
+    return y.reshape(*expert.shape, -1).astype(mx.float32).sum(axis=1)
+
+
+def _simdgroups(rows: int, each: int) -> int:
+    """Simdgroups that take `each` of the rows, in whole threadgroups."""
+    return -(-rows // (each * _SIMDGROUPS)) * _SIMDGROUPS
 
 
 def _gather(x: mx.array, w: ExpertWeights, row: mx.array, expert: mx.array, sorted_experts: bool) -> mx.array:

@@ -77,12 +77,12 @@ def _launch(
     tile = max(1, min(_TILE_ROWS, _TILE_BYTES // (-(-K // 64) * 64 * q.dtype.size)))
     template = [("Elem", q.dtype), ("H", H), ("K", K), ("P", 2 * cos.shape[-1])]
     names = ("q", "window", "rows", "picks", "sink", "cosines", "sines", "scale", "sizes")
-    # What is absent is not read.
-    rows, is_picked, picks = window if rows is None else rows, picks is not None, sizes if picks is None else picks
+    # In the place of what is absent stands something that is not read.
+    places = (window if rows is None else rows, sizes if picks is None else picks)
     out, stats = kernel("sparse_attention", names, ("out", "stats"), header="row attention_row")(
-        inputs=[q, window, rows, picks, sink, cos, sin, scalar(K**-0.5), sizes],
+        inputs=[q, window, *places, sink, cos, sin, scalar(K**-0.5), sizes],
         template=[
-            *template, ("HEADS", _HEADS), ("SIMDS", simds), ("TILE", tile), ("PICKED", is_picked),
+            *template, ("HEADS", _HEADS), ("SIMDS", simds), ("TILE", tile), ("PICKED", picks is not None),
             ("FINAL", splits == 1),
         ],
         grid=(32 * simds, splits, groups),
@@ -91,8 +91,7 @@ def _launch(
         output_dtypes=[q.dtype if splits == 1 else mx.float32, mx.float32],
     )  # fmt: skip
     if splits > 1:
-        names = ("sums", "stats", "cosines", "sines")
-        (out,) = kernel("attention_combine", names, ("out",), header="row")(
+        (out,) = kernel("attention_combine", ("sums", "stats", "cosines", "sines"), ("out",), header="row")(
             inputs=[out, stats, cos, sin],
             template=template,
             grid=(-(-K // 64) * 32, H, B * T),

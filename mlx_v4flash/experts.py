@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import ExpertWeights, expert_down, expert_gate_up
+from metal_kernels import ExpertWeights, expert_down, expert_down_sum, expert_gate_up
 
 from .config import ModelConfig
 from .linear import Numerics
@@ -54,13 +56,22 @@ class ResidentExperts(nn.Module):
             [T, D], float32.
         """
         T, A = ids.shape
-        token, expert, weight = mx.arange(T * A) // A, ids.flatten(), weights.flatten()
+        expert, weight = ids.flatten(), weights.flatten()
         order = mx.argsort(expert) if T * A >= _SORT_FROM else None
-        if order is not None:
-            token, expert, weight = token[order], expert[order], weight[order]
+        if order is None:
+            token = _token_of_pair(T, A)
+        else:
+            token, expert, weight = order // A, expert[order], weight[order]
         is_sorted = order is not None
         h = expert_gate_up(x, self.w1.weights, self.w3.weights, token, expert, weight, self._limit, is_sorted)
-        y = expert_down(self._round_input(h), self.w2.weights, expert, is_sorted)
-        if order is not None:
-            y = y[mx.argsort(order)]
+        h = self._round_input(h)
+        if order is None:
+            return expert_down_sum(h.reshape(T, A, -1), self.w2.weights, ids)
+        y = expert_down(h, self.w2.weights, expert, is_sorted)[mx.argsort(order)]
         return y.reshape(T, A, -1).astype(mx.float32).sum(axis=1)
+
+
+@cache
+def _token_of_pair(T: int, A: int) -> mx.array:
+    """A constant, so that a decode step does not compute it."""
+    return mx.array([pair // A for pair in range(T * A)], mx.int32)

@@ -284,7 +284,7 @@ ROUNDING = [
     wrong("inputs", "the compressors' rounded", ATTENTION, "self.compressor(x,", "self.compressor(rounded,"),
     wrong("inputs", "w2's of the shared expert not rounded", MOE, "self.w2(self._round_input(h))", "self.w2(h)"),
     wrong("inputs", "w2's of the routed experts not rounded", RESIDENT,
-          "expert_down(self._round_input(h),", "expert_down(h,"),
+          "        h = self._round_input(h)\n", ""),
     wrong("inputs", "the indexer queries' not rounded", ATTENTION, "self.indexer(x, rounded_qr,",
           "self.indexer(x, qr,", too_small=True),
 ]  # fmt: skip
