@@ -1,9 +1,9 @@
 // y[p, f] = weight[p] * silu(min(g, limit)) * clip(u, -limit, limit) with g = w1[e, f] . x[t], u = w3[e, f] . x[t] and
 // t = token[p], e = expert[p]
 //
-// Grid (32, row groups, pairs), a threadgroup is 32 by SIMDGROUPS. A simdgroup owns ROWS rows f of both matrices; a lane
-// takes every 32nd block of 32 columns and uses its part of x for all of them, so that neighbouring lanes read
-// neighbouring words. Then lane r finishes row r. Sums are in float, in an order that depends on D alone; g and u are
+// Grid (32, row groups, pairs), a threadgroup is 32 by some simdgroups. A simdgroup owns ROWS rows f of both matrices;
+// a lane takes every 32nd block of 32 columns and uses its part of x for all rows, so that neighbouring lanes read
+// neighbouring words; lane r finishes row r. Sums are in float, in an order that depends on D alone; g and u are
 // rounded to Elem before the activation, which is in float, and the result once after the weight, as in the
 // reference. Comparisons, not min and clamp, which may lose NaN.
 // Fused because g and u would be written and read back, and x be gathered, each in a launch of its own; a pair reads

@@ -166,14 +166,25 @@ def test_every_code_and_scale(mode: str, ftz: bool) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def with_code(packed: ExpertWeights, at: tuple[int, int, int], code: int) -> ExpertWeights:
+    raw = np.array(packed.weight.view(mx.uint8))
+    raw[at] = code
+    return dataclasses.replace(packed, weight=mx.array(raw).view(mx.uint32))
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF], ids=hex)
 @pytest.mark.parametrize("column", [32, 33, 34, 35])
 def test_nan_among_the_weights(code: int, column: int) -> None:
-    packed = weights(2, 9, 64, "mxfp8")
-    raw = np.array(packed.weight.view(mx.uint8))
-    raw[1, 3, column] = code
-    packed = dataclasses.replace(packed, weight=mx.array(raw).view(mx.uint32))
+    packed = with_code(weights(2, 9, 64, "mxfp8"), (1, 3, column), code)
     lost = np.isnan(wide(expert_down(normal(2, 64), packed, mx.array([0, 1]), False)))
+    assert lost[1, 3] and lost.sum() == 1
+
+
+@pytest.mark.parametrize("which", ["w1", "w3"])
+def test_nan_among_the_weights_passes_the_clamps(which: str) -> None:
+    x, w1, w3, token, _, *rest = gate_up_arrays(2, 1, 2, 64, 9, "mxfp8")
+    w1, w3 = (with_code(w, (1, 3, 40), 0x7F) if name == which else w for name, w in (("w1", w1), ("w3", w3)))
+    lost = np.isnan(wide(expert_gate_up(x, w1, w3, token, mx.array([0, 1]), *rest)))
     assert lost[1, 3] and lost.sum() == 1
 
 

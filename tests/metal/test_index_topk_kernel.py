@@ -67,7 +67,7 @@ def test_numbers_of_every_size() -> None:
     bits = generator().integers(0, 2**32, (1, 3, 3000), dtype=np.uint32)
     bits[..., ::50], bits[..., 1::50] = 0x7F800000, 0xFF800000
     scores = np.nan_to_num(bits.view(np.float32), nan=1.0, posinf=INF, neginf=-INF)
-    for k in (1, 60, 1400, 1500, 1600, 2960, 3000):
+    for k in (1, 60, 1500, 3000):
         expect_picks(scores, k, [3000, 2999, 2017])
 
 

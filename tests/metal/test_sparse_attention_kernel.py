@@ -158,7 +158,7 @@ def test_splits(keys: int, monkeypatch: pytest.MonkeyPatch, emulated: Session) -
 
 @KINDS
 def test_a_long_call_is_not_split(kind: str, emulated: Session) -> None:
-    expect_as_good(case(2, 70, 61, kind))
+    expect_as_good(case(1, 70, 61, kind))
     assert {(d.kernel, d.grid[1]) for d in emulated.dispatches} == {("sparse_attention", 1)}
 
 
@@ -170,7 +170,7 @@ def test_as_a_gpu_may_run_it(changes: dict[str, Any]) -> None:
         expect_match(c.found(), c.reference(), mx.float32)
 
 
-@sizes("T position top", (1, 2100, 512), (2, 523, 0))
+@sizes("T position top", (1, 2100, 512), (2, 131, 0))
 def test_size_of_the_model(T: int, position: int, top: int) -> None:
     """A seen row is read once for 32 of the 64 heads, and nothing else is; two launches."""
     c = case(1, T, position, "picked" if top else "all", H=64, K=512, P=64, top=top, dtype=mx.bfloat16, W=128)
