@@ -21,7 +21,7 @@ from support import (
     wide,
 )
 
-from metal_kernels import ExpertWeights, expert_down, expert_gate_up, swiglu
+from metal_kernels import ExpertWeights, expert_down, expert_down_sum, expert_gate_up, swiglu
 
 MODES = pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "plain"])
 MODES_AND_FLOATS = pytest.mark.parametrize(
@@ -81,6 +81,18 @@ def test_expert_down(E, T, P, D, F, mode, dtype):  # type: ignore[no-untyped-def
     h, (w2, v2), (_, expert, _) = normal(P, F, dtype=dtype), random_weights(E, D, F, mode, dtype), pairs(E, T, P)
     expected = np.array([v2[e] @ row for e, row in zip(np.array(expert), wide(h), strict=True)])
     expect_match(run(expert_down, h, w2, expert, False), expected, dtype)
+
+
+@MODES_AND_FLOATS
+@sizes("E T A D F", (1, 1, 1, 32, 32), (5, 3, 4, 96, 64))
+def test_expert_down_sum(E, T, A, D, F, mode, dtype):  # type: ignore[no-untyped-def]
+    """Each product is rounded to the type of h, and their sum is not."""
+    h, (w2, v2) = normal(T, A, F, dtype=dtype), random_weights(E, D, F, mode, dtype)
+    expert = generator().integers(0, E, (T, A))
+    products = rounded(np.einsum("tadf,taf->tad", v2[expert], wide(h)), dtype)
+    found = run(expert_down_sum, h, w2, mx.array(expert.astype(np.int32)))
+    assert found.dtype == mx.float32
+    expect_match(found, products.sum(axis=1), mx.float32)
 
 
 def test_odd_sizes_of_plain_weights() -> None:
@@ -154,6 +166,8 @@ def test_refuses_other_shapes() -> None:
     expect_refused("weight", expert_gate_up, x, w1, w3, token, expert, weight[:1], 10.0, False)
     expect_refused("weight", expert_gate_up, x, w1, w3, token, expert, weight[:, None], 10.0, False)
     expect_refused("expert", expert_down, normal(9, 32), w2, expert[:8], False)
+    expect_refused("expert", expert_down_sum, normal(3, 3, 32), w2, expert)
+    expect_refused("w2", expert_down_sum, normal(3, 3, 96), w2, expert.reshape(3, 3))
 
 
 @pytest.mark.parametrize("argument", ["w1", "w3", "w2"])

@@ -217,7 +217,9 @@ def prelude(dialect: str, with_mlx: bool) -> Prelude:
 
 
 def _precompiled(before: Prelude, flags: tuple[str, ...]) -> Path:
-    result = cache_folder() / f"{before.header.stem}-{_hash(flags)}.pch"
+    # It names the files it was made of, so one of another checkout or environment must not be taken for it.
+    places = [str(path) for path in (before.header, HERE, mlx_headers())]
+    result = cache_folder() / f"{before.header.stem}-{_hash(flags, places, _tools())}.pch"
     if not result.exists():
         with _workshop() as folder:
             made = folder / "pch"
