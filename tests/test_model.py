@@ -31,6 +31,7 @@ SMALL = {
     "num_attention_heads": 2, "o_groups": 2, "index_topk": 9, "n_routed_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 LENGTH = 300
+STEPS = 20_000
 
 
 @pytest.fixture(scope="module")
@@ -238,16 +239,24 @@ def test_no_step_keeps_the_graph_of_earlier_steps(model: Model) -> None:
 def test_decode_neither_slows_down_nor_leaks(tmp_path: Path) -> None:
     """20,000 steps. Scoring index keys is work that grows with context by design; here it is made small."""
     m = load_model(write_tiny(tmp_path / "m", {**SMALL, "index_n_heads": 2, "index_head_dim": 64}))
-    cache, token = m.make_cache(), mx.zeros((1, 1), mx.int32)
-    times, extra = [], {}
-    for step in range(20_000):
-        start = time.perf_counter()
-        token = mx.argmax(m(token, cache)[:, -1], axis=-1, keepdims=True)
-        mx.eval(token)
-        times.append(time.perf_counter() - start)
-        if step in (2_500, 19_999):
-            extra[step] = mx.get_active_memory() - sum(c.nbytes for c in cache)
-    early, late = statistics.median(times[2_000:3_000]), statistics.median(times[-1_000:])
-    print(f"\nmedian step {early * 1e3:.2f} ms, at the end {late * 1e3:.2f} ms; memory beyond the cache {extra}")
-    assert late <= 1.1 * early, f"median step {early * 1e3:.2f} ms, at the end {late * 1e3:.2f} ms"
-    assert abs(extra[19_999] - extra[2_500]) < 200_000, f"memory beyond the cache: {extra}"
+    cache, token, extra = m.make_cache(), mx.zeros((1, 1), mx.int32), {}
+
+    def seconds(cache: list[LayerCache], steps: int) -> list[float]:
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            mx.eval(mx.argmax(m(token, cache)[:, -1], axis=-1))
+            times.append(time.perf_counter() - start)
+        return times
+
+    seconds(cache, 2_500)
+    extra["early"] = mx.get_active_memory() - sum(c.nbytes for c in cache)
+    young = [c.copy() for c in cache]
+    seconds(cache, STEPS - 2_500)
+    extra["late"] = mx.get_active_memory() - sum(c.nbytes for c in (*cache, *young))
+    # In turns, so that a busy machine slows both: other work shifted medians minutes apart by half.
+    rounds = [(seconds(young, 50), seconds(cache, 50)) for _ in range(20)]
+    early, late = (statistics.median(t for r in rounds for t in r[i]) for i in (0, 1))
+    print(f"\nmedian step {early * 1e3:.2f} ms, after {STEPS} {late * 1e3:.2f} ms; memory beyond the caches {extra}")
+    assert late <= 1.1 * early, f"median step {early * 1e3:.2f} ms, after {STEPS} {late * 1e3:.2f} ms"
+    assert abs(extra["late"] - extra["early"]) < 2_000_000, f"memory beyond the caches: {extra}"
