@@ -93,22 +93,22 @@ def _parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, r
     stacked = ".ffn.experts." in path
     if path.endswith(".scales"):
         if stacked and checkpoint.config.expert_dtype == "fp4":
-            return _read_stack(tensors, mx.uint8, 1, readers, check_scales=True)
+            return _read_stack(tensors, mx.uint8, readers, check_scales=True)
         parts = [_block_scales(tensor, checkpoint) for tensor in tensors]
         return mx.array(np.stack(parts) if stacked else parts[0])
     if path.endswith("tid2eid"):
         return mx.array(_expert_table(tensors[0], checkpoint.config.n_routed_experts))
     dtype = _HELD[tensors[0].dtype]
-    width = {"F8_E4M3": 4, "I8": 4, "U8": 4}.get(tensors[0].dtype, 1)
-    array = _read_stack(tensors, dtype, width, readers)
+    array = _read_stack(tensors, dtype, readers)
     array = array if stacked else array[0]
     return array.view(mx.bfloat16) if dtype == mx.uint16 else array
 
 
 def _read_stack(
-    tensors: list[StoredTensor], dtype: mx.Dtype, width: int, readers: ThreadPoolExecutor, check_scales: bool = False
+    tensors: list[StoredTensor], dtype: mx.Dtype, readers: ThreadPoolExecutor, check_scales: bool = False
 ) -> mx.array:
-    """Tensors of one shape, [len, *shape], read into memory that MLX owns; `width` stored values to an element."""
+    """Tensors of one shape, [len, *shape], read into memory that MLX owns; words hold four stored bytes."""
+    width = 4 if dtype == mx.uint32 else 1
     shape = tensors[0].shape
     array = mx.zeros((len(tensors), *shape[:-1], shape[-1] // width), dtype)
     mx.eval(array)
