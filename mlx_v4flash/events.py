@@ -1,0 +1,54 @@
+"""What a chat answer is made of, in the order it arrives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """A piece of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A complete call of a tool.
+
+    Attributes:
+        id: names the call in its result.
+        arguments: a JSON object as text, as the model gave it.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The last event of an answer.
+
+    Attributes:
+        prompt_tokens: of the whole conversation so far; cached_tokens: those that were in the caches already.
+        finish_reason: "stop", "length", "tool_calls" or "interrupted".
+        prefill_s, decode_s: seconds.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    finish_reason: str
+    prefill_s: float
+    decode_s: float
+
+
+Event = Reasoning | Text | ToolCall | Usage
