@@ -52,6 +52,9 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "drop a statement": [(r"(?m)^(?P<left> *)[\w.\[\]]+ [-+*|]?= [^;{}]+;$", ";")],
 }  # fmt: skip
 
+# The size of an array is no index: one more element changes nothing.
+DECLARATION = re.compile(r"\s*(?:threadgroup |const |thread )*(?:float|uint|int|half|bool)[1-4]? \w+\[")
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -88,6 +91,8 @@ def _changes(body: str, text: str, rule: str, pattern: str, new: str) -> Iterato
         end = text.find("\n", match.end())
         line = text[start:end]
         if "//" in text[start : match.start()] or line.lstrip().startswith(("//", "#", "template", "constexpr")):
+            continue
+        if rule == "shift an index" and DECLARATION.match(line):
             continue
         word = str(int(match[0]) + 1) if new == "<more>" else match.expand(new)
         left = match.groupdict().get("left") or ""
