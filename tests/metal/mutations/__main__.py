@@ -92,7 +92,7 @@ def _changes(body: str, text: str, rule: str, pattern: str, new: str) -> Iterato
         line = text[start:end]
         if "//" in text[start : match.start()] or line.lstrip().startswith(("//", "#", "template", "constexpr")):
             continue
-        if rule == "shift an index" and DECLARATION.match(line):
+        if rule in ("shift an index", "another number") and DECLARATION.match(line):
             continue
         word = str(int(match[0]) + 1) if new == "<more>" else match.expand(new)
         left = match.groupdict().get("left") or ""
