@@ -22,6 +22,7 @@ from .round_trip import fp4_round_trip, fp8_round_trip
 from .route import route, route_hash
 from .sparse_attention import sparse_attention
 from .stream_collapse import stream_collapse
+from .stream_enter import stream_enter, stream_head
 from .stream_expand import stream_expand
 from .stream_mix import stream_head_mix, stream_mix
 
@@ -50,7 +51,9 @@ __all__ = [
     "route_hash",
     "sparse_attention",
     "stream_collapse",
+    "stream_enter",
     "stream_expand",
+    "stream_head",
     "stream_head_mix",
     "stream_mix",
     "swiglu",

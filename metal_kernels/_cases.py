@@ -19,9 +19,8 @@ from .query_rope import query_rope
 from .rms_norm import rms_norm
 from .route import route, route_hash
 from .sparse_attention import sparse_attention
-from .stream_collapse import stream_collapse
+from .stream_enter import stream_enter, stream_head
 from .stream_expand import stream_expand
-from .stream_mix import stream_head_mix, stream_mix
 
 EPS = 1e-6
 
@@ -78,10 +77,11 @@ def _streams(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     label, x = _label(real, dtype), _normal(1, T, N, D, dtype=dtype)
     weight, y = _normal(D, dtype=dtype), _normal(1, T, D, dtype=dtype)
     fn, base, scale = _normal((2 + N) * N, N * D) / (N * D) ** 0.5, _normal((2 + N) * N), mx.ones((3,))
-    pre, post, comb = mx.abs(_normal(1, T, N)), _normal(1, T, N), mx.softmax(_normal(1, T, N, N), -1)
-    yield Case("stream_mix", label, lambda: stream_mix(x, fn, base, scale, EPS, EPS, 20), real=real)
-    yield Case("stream_head_mix", label, lambda: stream_head_mix(x, fn[:N], base[:N], scale[:1], EPS, EPS), real=real)
-    yield Case("stream_collapse", label, lambda: stream_collapse(x, pre, weight, EPS), real=real)
+    post, comb = _normal(1, T, N), mx.softmax(_normal(1, T, N, N), -1)
+    mixing = fn, base, scale
+    head = fn[:N], base[:N], scale[:1]
+    yield Case("stream_enter", label, lambda: stream_enter(x, *mixing, weight, EPS, EPS, 20), real=real)
+    yield Case("stream_head", label, lambda: stream_head(x, *head, weight, EPS, EPS), real=real)
     yield Case("stream_expand", label, lambda: stream_expand(x, y, post, comb), real=real)
 
 
@@ -102,8 +102,9 @@ def _rows(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
         )  # fmt: skip
     logits, bias = _normal(T, 256 if real else 11), _normal(256 if real else 11)
     yield Case("route", label, lambda: route_by_expert(logits, bias, 6), real=real)
-    ids = mx.arange(T * 6).reshape(T, 6) % logits.shape[-1]
-    yield Case("route_hash", label, lambda: route_hash(logits, ids, 1.5), real=real)
+    V = 129280 if real else 13
+    table, ids = (mx.arange(V * 6).reshape(V, 6) % logits.shape[-1]).astype(mx.int32), V - 1 - mx.arange(T)
+    yield Case("route_hash", label, lambda: route_hash(logits, table, ids, 1.5), real=real)
 
 
 def route_by_expert(logits: mx.array, bias: mx.array, k: int) -> mx.array:

@@ -29,8 +29,7 @@ class Router(nn.Module):
         """x [T, D] and token ids [T] -> expert ids [T, A], int32, and their weights [T, A], float32."""
         logits = project_f32(x, self.weight)
         if self.hashed:
-            experts = self.tid2eid[ids]
-            return experts, route_hash(logits, experts, self._scale)
+            return route_hash(logits, self.tid2eid, ids, self._scale)
         return route(logits, self.bias, self._k, self._scale)
 
 
