@@ -8,7 +8,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from ._dispatch import KernelError, active, kernels
 from .compress import Quant, compress
-from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up, swiglu
+from .experts import ExpertWeights, add_shared, expert_down, expert_down_sum, expert_gate_up, swiglu
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
@@ -31,6 +31,7 @@ __all__ = [
     "KernelError",
     "Quant",
     "active",
+    "add_shared",
     "compress",
     "expert_down",
     "expert_down_sum",

@@ -149,14 +149,20 @@ def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
 
 def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     E, A, D, F = (16, 6, 4096, 2048) if real else (5, 3, 96, 64)
-    label, x, h = _label(real, dtype), _normal(1, D, dtype=dtype), _normal(A, F, dtype=dtype)
+    label, x, h = _label(real, dtype), _normal(1, D, dtype=dtype), _normal(A + 1, F, dtype=dtype)
     w1, w3, w2 = (_packed(E, rows, columns) for rows, columns in ((F, D), (F, D), (D, F)))
     token, expert, weight = mx.zeros((A,), mx.int32), mx.arange(E - A, E).astype(mx.int32), mx.abs(_normal(A))
-    yield Case(
-        "expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, token, expert, weight, 10.0, False), real=real
-    )
-    yield Case("expert_down", label, lambda: expert_down(h, w2, expert, False), real=real)
-    yield Case("expert_down_sum", label, lambda: expert_down_sum(h[None], w2, expert[None]), real=real)
+    s1, s3, s2 = (_packed_shared(rows, columns) for rows, columns in ((F, D), (F, D), (D, F)))
+    pairs = token, expert, weight, 10.0, False
+    yield Case("expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, *pairs, (s1, s3)), real=real)
+    yield Case("expert_down", label, lambda: expert_down(h[:A], w2, expert, False), real=real)
+    yield Case("expert_down_sum", label, lambda: expert_down_sum(h, w2, expert[None], s2), real=real)
+    for bits in (2, 3, 4, 5, 6, 8) if not real else (4,):
+        a1, a3 = (_affine(E, F, D, bits) for _ in range(2))
+        yield Case(
+            "expert_gate_up", f"{label}, affine {bits} bits",
+            lambda a1=a1, a3=a3: expert_gate_up(x, a1, a3, *pairs), real=real,  # type: ignore[misc]
+        )  # fmt: skip
     head = _normal(16384 if real else 67, D, dtype=mx.bfloat16)
     yield Case("project_f32", label, lambda: project_f32(x, head), real=real)
 
@@ -165,3 +171,13 @@ def _packed(E: int, rows: int, columns: int) -> ExpertWeights:
     weight = mx.random.randint(0, 2**31 - 1, (E, rows, columns // 8), mx.int32, key=mx.random.key(E)).view(mx.uint32)
     scales = mx.random.randint(117, 121, (E, rows, columns // 32), mx.int32, key=mx.random.key(rows)).astype(mx.uint8)
     return ExpertWeights(weight, scales, "mxfp4")
+
+
+def _packed_shared(rows: int, columns: int) -> ExpertWeights:
+    weight, scales = mx.quantize(_normal(rows, columns), mode="mxfp8")
+    return ExpertWeights(weight, scales, "mxfp8")
+
+
+def _affine(E: int, rows: int, columns: int, bits: int) -> ExpertWeights:
+    weight, scales, biases = mx.quantize(_normal(E, rows, columns, dtype=mx.bfloat16), group_size=32, bits=bits)
+    return ExpertWeights(weight, scales, "affine", biases, bits, 32)
