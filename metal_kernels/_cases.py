@@ -174,7 +174,7 @@ def _packed(E: int, rows: int, columns: int) -> ExpertWeights:
 
 
 def _packed_shared(rows: int, columns: int) -> ExpertWeights:
-    weight, scales = mx.quantize(_normal(rows, columns), mode="mxfp8")
+    weight, scales, *_ = mx.quantize(_normal(rows, columns), mode="mxfp8")
     return ExpertWeights(weight, scales, "mxfp8")
 
 
