@@ -8,7 +8,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 from ._dispatch import KernelError, active, kernels
 from .compress import Quant, compress
-from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up, swiglu
+from .experts import ExpertWeights, add_shared, expert_down, expert_down_sum, expert_gate_up, swiglu
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
@@ -22,6 +22,7 @@ from .round_trip import fp4_round_trip, fp8_round_trip
 from .route import route, route_hash
 from .sparse_attention import sparse_attention
 from .stream_collapse import stream_collapse
+from .stream_enter import stream_enter, stream_head
 from .stream_expand import stream_expand
 from .stream_mix import stream_head_mix, stream_mix
 
@@ -30,6 +31,7 @@ __all__ = [
     "KernelError",
     "Quant",
     "active",
+    "add_shared",
     "compress",
     "expert_down",
     "expert_down_sum",
@@ -50,7 +52,9 @@ __all__ = [
     "route_hash",
     "sparse_attention",
     "stream_collapse",
+    "stream_enter",
     "stream_expand",
+    "stream_head",
     "stream_head_mix",
     "stream_mix",
     "swiglu",

@@ -19,9 +19,8 @@ from .query_rope import query_rope
 from .rms_norm import rms_norm
 from .route import route, route_hash
 from .sparse_attention import sparse_attention
-from .stream_collapse import stream_collapse
+from .stream_enter import stream_enter, stream_head
 from .stream_expand import stream_expand
-from .stream_mix import stream_head_mix, stream_mix
 
 EPS = 1e-6
 
@@ -78,10 +77,11 @@ def _streams(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     label, x = _label(real, dtype), _normal(1, T, N, D, dtype=dtype)
     weight, y = _normal(D, dtype=dtype), _normal(1, T, D, dtype=dtype)
     fn, base, scale = _normal((2 + N) * N, N * D) / (N * D) ** 0.5, _normal((2 + N) * N), mx.ones((3,))
-    pre, post, comb = mx.abs(_normal(1, T, N)), _normal(1, T, N), mx.softmax(_normal(1, T, N, N), -1)
-    yield Case("stream_mix", label, lambda: stream_mix(x, fn, base, scale, EPS, EPS, 20), real=real)
-    yield Case("stream_head_mix", label, lambda: stream_head_mix(x, fn[:N], base[:N], scale[:1], EPS, EPS), real=real)
-    yield Case("stream_collapse", label, lambda: stream_collapse(x, pre, weight, EPS), real=real)
+    post, comb = _normal(1, T, N), mx.softmax(_normal(1, T, N, N), -1)
+    mixing = fn, base, scale
+    head = fn[:N], base[:N], scale[:1]
+    yield Case("stream_enter", label, lambda: stream_enter(x, *mixing, weight, EPS, EPS, 20), real=real)
+    yield Case("stream_head", label, lambda: stream_head(x, *head, weight, EPS, EPS), real=real)
     yield Case("stream_expand", label, lambda: stream_expand(x, y, post, comb), real=real)
 
 
@@ -102,8 +102,9 @@ def _rows(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
         )  # fmt: skip
     logits, bias = _normal(T, 256 if real else 11), _normal(256 if real else 11)
     yield Case("route", label, lambda: route_by_expert(logits, bias, 6), real=real)
-    ids = mx.arange(T * 6).reshape(T, 6) % logits.shape[-1]
-    yield Case("route_hash", label, lambda: route_hash(logits, ids, 1.5), real=real)
+    V = 129280 if real else 13
+    table, ids = (mx.arange(V * 6).reshape(V, 6) % logits.shape[-1]).astype(mx.int32), V - 1 - mx.arange(T)
+    yield Case("route_hash", label, lambda: route_hash(logits, table, ids, 1.5), real=real)
 
 
 def route_by_expert(logits: mx.array, bias: mx.array, k: int) -> mx.array:
@@ -148,14 +149,20 @@ def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
 
 def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     E, A, D, F = (16, 6, 4096, 2048) if real else (5, 3, 96, 64)
-    label, x, h = _label(real, dtype), _normal(1, D, dtype=dtype), _normal(A, F, dtype=dtype)
+    label, x, h = _label(real, dtype), _normal(1, D, dtype=dtype), _normal(A + 1, F, dtype=dtype)
     w1, w3, w2 = (_packed(E, rows, columns) for rows, columns in ((F, D), (F, D), (D, F)))
     token, expert, weight = mx.zeros((A,), mx.int32), mx.arange(E - A, E).astype(mx.int32), mx.abs(_normal(A))
-    yield Case(
-        "expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, token, expert, weight, 10.0, False), real=real
-    )
-    yield Case("expert_down", label, lambda: expert_down(h, w2, expert, False), real=real)
-    yield Case("expert_down_sum", label, lambda: expert_down_sum(h[None], w2, expert[None]), real=real)
+    s1, s3, s2 = (_packed_shared(rows, columns) for rows, columns in ((F, D), (F, D), (D, F)))
+    pairs = token, expert, weight, 10.0, False
+    yield Case("expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, *pairs, (s1, s3)), real=real)
+    yield Case("expert_down", label, lambda: expert_down(h[:A], w2, expert, False), real=real)
+    yield Case("expert_down_sum", label, lambda: expert_down_sum(h, w2, expert[None], s2), real=real)
+    for bits in (2, 3, 4, 5, 6, 8) if not real else (4,):
+        a1, a3 = (_affine(E, F, D, bits) for _ in range(2))
+        yield Case(
+            "expert_gate_up", f"{label}, affine {bits} bits",
+            lambda a1=a1, a3=a3: expert_gate_up(x, a1, a3, *pairs), real=real,  # type: ignore[misc]
+        )  # fmt: skip
     head = _normal(16384 if real else 67, D, dtype=mx.bfloat16)
     yield Case("project_f32", label, lambda: project_f32(x, head), real=real)
 
@@ -164,3 +171,13 @@ def _packed(E: int, rows: int, columns: int) -> ExpertWeights:
     weight = mx.random.randint(0, 2**31 - 1, (E, rows, columns // 8), mx.int32, key=mx.random.key(E)).view(mx.uint32)
     scales = mx.random.randint(117, 121, (E, rows, columns // 32), mx.int32, key=mx.random.key(rows)).astype(mx.uint8)
     return ExpertWeights(weight, scales, "mxfp4")
+
+
+def _packed_shared(rows: int, columns: int) -> ExpertWeights:
+    weight, scales, *_ = mx.quantize(_normal(rows, columns), mode="mxfp8")
+    return ExpertWeights(weight, scales, "mxfp8")
+
+
+def _affine(E: int, rows: int, columns: int, bits: int) -> ExpertWeights:
+    weight, scales, biases = mx.quantize(_normal(E, rows, columns, dtype=mx.bfloat16), group_size=32, bits=bits)
+    return ExpertWeights(weight, scales, "affine", biases, bits, 32)

@@ -42,32 +42,38 @@ def route_reference(logits: mx.array, bias: mx.array, k: int, scale: float) -> t
     return ids, _weights(scores, ids, scale)
 
 
-def route_hash(logits: mx.array, ids: mx.array, scale: float) -> mx.array:
-    """Weights of experts that were chosen by token id.
+def route_hash(logits: mx.array, table: mx.array, ids: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+    """The experts that a table names for each token id (spec 7).
 
     Args:
-        logits: [..., E], float32; ids: [..., A].
+        logits: [..., E], float32.
+        table: experts of each token id, [V, A], int32.
+        ids: [...], token ids below V, any integer type.
+        scale: factor of the normalised weights.
 
     Returns:
-        weights [..., A], float32, which sum to `scale`.
+        experts [..., A], int32, and weights [..., A], float32, which sum to `scale`.
     """
-    expect_shape("route_hash", "ids", ids, (*logits.shape[:-1], ids.shape[-1]))
-    A = ids.shape[-1]
-    if not use_kernel("route_hash", covers=A <= MAX_CHOSEN, limit=f"at most {MAX_CHOSEN} experts"):
-        return route_hash_reference(logits, ids, scale)
-    (weights,) = kernel("route_hash", ("logits", "ids", "scale"), ("weights",), header="route_score")(
-        inputs=[logits, ids, scalar(scale)],
-        template=[("E", logits.shape[-1]), ("A", A)],
-        grid=(32, ids.size // A, 1),
+    lead, E, A = logits.shape[:-1], logits.shape[-1], table.shape[-1]
+    expect_shape("route_hash", "ids", ids, lead)
+    covers = A <= MAX_CHOSEN and table.dtype == mx.int32
+    if not use_kernel("route_hash", covers=covers, limit=f"at most {MAX_CHOSEN} experts in a table of int32"):
+        return route_hash_reference(logits, table, ids, scale)
+    inputs = ("logits", "table", "ids", "scale")
+    experts, weights = kernel("route_hash", inputs, ("experts", "weights"), header="route_score")(
+        inputs=[logits, table, ids.reshape(-1), scalar(scale)],
+        template=[("E", E), ("A", A)],
+        grid=(32, logits.size // E, 1),
         threadgroup=(32, 8, 1),
-        output_shapes=[ids.shape],
-        output_dtypes=[mx.float32],
+        output_shapes=[(*lead, A), (*lead, A)],
+        output_dtypes=[mx.int32, mx.float32],
     )
-    return weights
+    return experts, weights
 
 
-def route_hash_reference(logits: mx.array, ids: mx.array, scale: float) -> mx.array:
-    return _weights(_scores(logits), ids, scale)
+def route_hash_reference(logits: mx.array, table: mx.array, ids: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+    experts = table[ids]
+    return experts, _weights(_scores(logits), experts, scale)
 
 
 def _scores(logits: mx.array) -> mx.array:

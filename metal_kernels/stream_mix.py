@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape, kernel, scalar, use_kernel
-
-# A threadgroup of the projection owns so many columns of fn, each of its simdgroups so many of its rows. At N = 4 the
-# 24 rows and the sum of squares are five simdgroups, and 128 threadgroups share the columns.
-COLUMNS = 128
-ROWS = 5
-# Tokens that a threadgroup takes at once, if there is more than one.
-TILE = 4
-# The matrix that mixes the streams is one element per lane.
-MAX_STREAMS = 5
+from ._dispatch import expect_shape
 
 
 def stream_mix(
@@ -33,28 +24,7 @@ def stream_mix(
     expect_shape("stream_mix", "fn", fn, ((2 + N) * N, N * D))
     expect_shape("stream_mix", "base", base, ((2 + N) * N,))
     expect_shape("stream_mix", "scale", scale, (3,))
-    if not use_kernel(
-        "stream_mix",
-        covers=N <= MAX_STREAMS and iterations >= 1,
-        limit=f"at most {MAX_STREAMS} streams and at least 1 iteration",
-    ):
-        return stream_mix_reference(x, fn, base, scale, norm_eps, hc_eps, iterations)
-    T, lead = x.size // (N * D), x.shape[:-2]
-    partial = _partial_products(x, fn)
-    threads = _threads(fn.shape[0])
-    inputs = ("partial", "base", "scale", "norm_eps", "hc_eps")
-    pre, post, comb = kernel("stream_mix", inputs, ("pre", "post", "comb"))(
-        inputs=[partial, base, scale, scalar(norm_eps), scalar(hc_eps)],
-        template=[
-            ("N", N), ("M", fn.shape[0]), ("K", N * D), ("SLICES", partial.shape[-1]), ("ROWS", ROWS),
-            ("ITERATIONS", iterations),
-        ],
-        grid=(threads, T, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(*lead, N), (*lead, N), (*lead, N, N)],
-        output_dtypes=[mx.float32] * 3,
-    )  # fmt: skip
-    return pre, post, comb
+    return stream_mix_reference(x, fn, base, scale, norm_eps, hc_eps, iterations)
 
 
 def stream_mix_reference(
@@ -89,20 +59,7 @@ def stream_head_mix(
     expect_shape("stream_head_mix", "fn", fn, (N, N * D))
     expect_shape("stream_head_mix", "base", base, (N,))
     expect_shape("stream_head_mix", "scale", scale, (1,))
-    limit = f"at most {MAX_STREAMS} streams"
-    if not use_kernel("stream_head_mix", covers=N <= MAX_STREAMS, limit=limit):
-        return stream_head_mix_reference(x, fn, base, scale, norm_eps, hc_eps)
-    partial = _partial_products(x, fn)
-    inputs = ("partial", "base", "scale", "norm_eps", "hc_eps")
-    (pre,) = kernel("stream_head_mix", inputs, ("pre",))(
-        inputs=[partial, base, scale, scalar(norm_eps), scalar(hc_eps)],
-        template=[("N", N), ("K", N * D), ("SLICES", partial.shape[-1])],
-        grid=(32, x.size // (N * D), 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[x.shape[:-1]],
-        output_dtypes=[mx.float32],
-    )
-    return pre
+    return stream_head_mix_reference(x, fn, base, scale, norm_eps, hc_eps)
 
 
 def stream_head_mix_reference(
@@ -114,24 +71,3 @@ def stream_head_mix_reference(
 def _project(x: mx.array, fn: mx.array, norm_eps: float) -> mx.array:
     f = x.astype(mx.float32).flatten(-2)  # stream-major: index n * D + d
     return (f @ fn.T) * mx.rsqrt(f.square().mean(axis=-1, keepdims=True) + norm_eps)
-
-
-def _partial_products(x: mx.array, fn: mx.array) -> mx.array:
-    """fn times the streams, and the streams' squares, summed over slices of the columns: [T, M + 1, slices]."""
-    M, K = fn.shape
-    T, slices, threads = x.size // K, -(-K // COLUMNS), _threads(M)
-    tokens = 1 if T == 1 else TILE
-    (partial,) = kernel("stream_project", ("x", "fn"), ("partial",))(
-        inputs=[x.reshape(T, K), fn],
-        template=[("TOKENS", tokens), ("M", M), ("K", K), ("COLUMNS", COLUMNS), ("ROWS", ROWS)],
-        grid=(threads, slices, -(-T // tokens)),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(T, M + 1, slices)],
-        output_dtypes=[mx.float32],
-    )
-    return partial
-
-
-def _threads(M: int) -> int:
-    """A simdgroup for every ROWS of the M rows of fn and the row of squares."""
-    return 32 * -(-(M + 1) // ROWS)

@@ -1,6 +1,6 @@
 // partial[t, r, s] = sum over the columns c of slice s of fn[r, c] * x[t, c], and in row r = M of x[t, c] * x[t, c]
 //
-// First of the two launches of stream_mix and stream_head_mix: x[t] is one row of K = N * D columns.
+// First of the two launches of stream_enter and stream_head: x[t] is one row of K = N * D columns.
 // Grid (simdgroups * 32, slices, tiles of TOKENS tokens). A threadgroup owns COLUMNS columns of a tile, each of its
 // simdgroups ROWS rows, a lane every 32nd column; row M, the token itself, gives the norm its sum of squares.
 //

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import stream_collapse, stream_expand, stream_head_mix, stream_mix
+from metal_kernels import stream_enter, stream_expand, stream_head
 
 from .config import ModelConfig
 
@@ -28,8 +28,8 @@ class HyperConnection(nn.Module):
 
     def __call__(self, x: mx.array, norm: mx.array) -> tuple[mx.array, Expand]:
         """Streams [B, T, N, D] -> normalised input of the sublayer [B, T, D], and the way back."""
-        pre, post, comb = stream_mix(x, self.fn, self.base, self.scale, *self._eps, self._iterations)
-        return stream_collapse(x, pre, norm, self._eps[0]), lambda y: stream_expand(x, y, post, comb)
+        y, post, comb = stream_enter(x, self.fn, self.base, self.scale, norm, *self._eps, self._iterations)
+        return y, lambda y: stream_expand(x, y, post, comb)
 
 
 class HyperHead(nn.Module):
@@ -45,5 +45,4 @@ class HyperHead(nn.Module):
 
     def __call__(self, x: mx.array, norm: mx.array) -> mx.array:
         """Streams [B, T, N, D] -> normalised input of the head [B, T, D]."""
-        pre = stream_head_mix(x, self.fn, self.base, self.scale, *self._eps)
-        return stream_collapse(x, pre, norm, self._eps[0])
+        return stream_head(x, self.fn, self.base, self.scale, norm, *self._eps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import fp8_round_trip, project_f32, quantized_product, rms_norm
+from metal_kernels import ExpertWeights, fp8_round_trip, project_f32, quantized_product, rms_norm
 
 from .config import ModelConfig
 
@@ -66,6 +66,13 @@ Linear = nn.Linear | QuantizedLinear
 def linear(config: ModelConfig, inputs: int, outputs: int) -> Linear:
     """A layer without bias: mxfp8 if the checkpoint is quantised, else plain."""
     return QuantizedLinear(inputs, outputs) if config.quantized else nn.Linear(inputs, outputs, bias=False)
+
+
+def packed(layer: Linear) -> ExpertWeights:
+    """The weights of a layer without bias, [outputs, inputs], as the ops of experts take them."""
+    if not isinstance(layer, QuantizedLinear):
+        return ExpertWeights(layer.weight)
+    return ExpertWeights(layer.weight, layer.scales, layer.mode, layer.get("biases"), layer.bits, layer.group_size)
 
 
 def grouped_linear(layer: Linear, x: mx.array) -> mx.array:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import project_f32, route, route_hash, swiglu
+from metal_kernels import project_f32, route, route_hash
 
 from .config import ModelConfig
-from .experts import ResidentExperts
-from .linear import Numerics, linear
+from .experts import ResidentExperts, SharedExpert
+from .linear import Numerics
 
 
 class Router(nn.Module):
@@ -29,25 +29,8 @@ class Router(nn.Module):
         """x [T, D] and token ids [T] -> expert ids [T, A], int32, and their weights [T, A], float32."""
         logits = project_f32(x, self.weight)
         if self.hashed:
-            experts = self.tid2eid[ids]
-            return experts, route_hash(logits, experts, self._scale)
+            return route_hash(logits, self.tid2eid, ids, self._scale)
         return route(logits, self.bias, self._k, self._scale)
-
-
-class SharedExpert(nn.Module):
-    """The expert every token uses; clamped like the others, without a weight."""
-
-    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
-        super().__init__()
-        D, F = config.hidden_size, config.moe_intermediate_size
-        self.w1, self.w2, self.w3 = linear(config, D, F), linear(config, F, D), linear(config, D, F)
-        self._limit = config.swiglu_limit
-        self._round_input = numerics.round_input
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[T, D], rounded if activations are -> [T, D]."""
-        h = swiglu(self.w1(x), self.w3(x), self._limit).astype(x.dtype)
-        return self.w2(self._round_input(h))
 
 
 class MoE(nn.Module):
@@ -65,5 +48,4 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)
         experts, weights = self.gate(flat, ids.flatten())
         rounded = self._round_input(flat)
-        y = self.experts(rounded, experts, weights) + self.shared_experts(rounded).astype(mx.float32)
-        return y.astype(x.dtype).reshape(x.shape)
+        return self.experts(rounded, experts, weights, self.shared_experts).reshape(x.shape)

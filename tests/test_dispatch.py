@@ -10,7 +10,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from metal_kernels import KernelError, _dispatch, active, kernels, query_rope, stream_collapse
+from metal_kernels import KernelError, _dispatch, active, kernels, query_rope, stream_expand
 
 
 @pytest.fixture
@@ -26,39 +26,39 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def collapse() -> mx.array:
-    return stream_collapse(mx.ones((3, 4, 32)), mx.ones((3, 4)), mx.ones((32,)), 1e-6)
+def expand() -> mx.array:
+    return stream_expand(mx.ones((3, 4, 32)), mx.ones((3, 32)), mx.ones((3, 4)), mx.ones((3, 4, 4)))
 
 
 def test_nothing_is_approved_before_it_was_checked_on_this_machine(device: list[str]) -> None:
     assert _dispatch.approved == set() and _dispatch.setting() == "auto" and active() == "reference"
-    collapse()
+    expand()
     assert device == []
 
 
 def test_auto_runs_approved_kernels_and_makes_each_once(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "approved", {"stream_collapse"})
-    collapse()
-    assert collapse().sum().item() == 0 and device == ["stream_collapse"] and active() == "stream_collapse"
-    assert not _dispatch.use_kernel("stream_collapse", covers=False)
+    monkeypatch.setattr(_dispatch, "approved", {"stream_expand"})
+    expand()
+    assert expand().sum().item() == 0 and device == ["stream_expand"] and active() == "stream_expand"
+    assert not _dispatch.use_kernel("stream_expand", covers=False)
     assert not _dispatch.use_kernel("route")
 
 
 @pytest.mark.parametrize("choice", ["stock", "reference"])
 def test_kernels_can_be_switched_off(choice: str, device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "approved", {"stream_collapse"})
+    monkeypatch.setattr(_dispatch, "approved", {"stream_expand"})
     with kernels(choice):
-        collapse()
+        expand()
         assert active() == choice
     assert device == []
 
 
 def test_metal_demands_the_kernel(device: list[str]) -> None:
     with kernels("metal"):
-        collapse()
+        expand()
         with pytest.raises(KernelError, match="route: the kernel covers 256 experts\nhint: use the setting auto"):
             _dispatch.use_kernel("route", covers=False, limit="256 experts")
-    assert device == ["stream_collapse"]
+    assert device == ["stream_expand"]
 
 
 def primitives(y: mx.array) -> int:
@@ -82,8 +82,8 @@ def test_stock_is_the_reference_compiled() -> None:
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
 def test_metal_without_a_device_is_an_error() -> None:
-    with kernels("metal"), pytest.raises(KernelError, match=r"stream_collapse: .*expected a Metal device, found"):
-        collapse()
+    with kernels("metal"), pytest.raises(KernelError, match=r"stream_expand: .*expected a Metal device, found"):
+        expand()
 
 
 def test_settings_nest_and_unknown_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -21,7 +24,16 @@ from support import (
     wide,
 )
 
-from metal_kernels import ExpertWeights, expert_down, expert_down_sum, expert_gate_up, swiglu
+from metal_kernels import (
+    ExpertWeights,
+    KernelError,
+    add_shared,
+    expert_down,
+    expert_down_sum,
+    expert_gate_up,
+    swiglu,
+)
+from metal_kernels.experts import AFFINE_BITS, AFFINE_GROUPS
 
 MODES = pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "plain"])
 MODES_AND_FLOATS = pytest.mark.parametrize(
@@ -47,6 +59,12 @@ def random_weights(E: int, rows: int, columns: int, mode: str, dtype: mx.Dtype) 
         return ExpertWeights(plain, None, mode), wide(plain)
     weight, scales, values = packed_weights(E, rows, columns, mode=mode)
     return ExpertWeights(weight, scales, mode), values
+
+
+def shared_weights(rows: int, columns: int, mode: str, dtype: mx.Dtype) -> tuple[ExpertWeights, np.ndarray]:
+    """The same of the shared expert, [rows, columns]."""
+    w, values = random_weights(1, rows, columns, mode, dtype)
+    return ExpertWeights(w.weight[0], None if w.scales is None else w.scales[0], mode), values[0]
 
 
 def pairs(E: int, T: int, P: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -84,15 +102,91 @@ def test_expert_down(E, T, P, D, F, mode, dtype):  # type: ignore[no-untyped-def
 
 
 @MODES_AND_FLOATS
+@pytest.mark.parametrize("shared_mode", ["mxfp8", "plain"])
 @sizes("E T A D F", (1, 1, 1, 32, 32), (5, 3, 4, 96, 64))
-def test_expert_down_sum(E, T, A, D, F, mode, dtype):  # type: ignore[no-untyped-def]
-    """Each product is rounded to the type of h, and their sum is not."""
-    h, (w2, v2) = normal(T, A, F, dtype=dtype), random_weights(E, D, F, mode, dtype)
+def test_expert_down_sum(E, T, A, D, F, mode, shared_mode, dtype):  # type: ignore[no-untyped-def]
+    """Each product is rounded to the type of h, and their sum once."""
+    h, (w2, v2) = normal(T * A + T, F, dtype=dtype), random_weights(E, D, F, mode, dtype)
+    shared, shared_values = shared_weights(D, F, shared_mode, dtype)
     expert = generator().integers(0, E, (T, A))
-    products = rounded(np.einsum("tadf,taf->tad", v2[expert], wide(h)), dtype)
-    found = run(expert_down_sum, h, w2, mx.array(expert.astype(np.int32)))
-    assert found.dtype == mx.float32
-    expect_match(found, products.sum(axis=1), mx.float32)
+    products = rounded(np.einsum("tadf,taf->tad", v2[expert], wide(h[: T * A]).reshape(T, A, F)), dtype)
+    expected = products.sum(axis=1) + rounded(wide(h[T * A :]) @ shared_values.T, dtype)
+    found = run(expert_down_sum, h, w2, mx.array(expert.astype(np.int32)), shared)
+    expect_match(found, expected, dtype)
+    if dtype != mx.float32 and shared_mode != "plain":
+        expect_same(found, rounded(expected, dtype), share=0.02)
+
+
+@MODES_AND_FLOATS
+@pytest.mark.parametrize("shared_mode", ["mxfp8", "plain"])
+def test_gate_up_of_the_shared_expert(mode, shared_mode, dtype):  # type: ignore[no-untyped-def]
+    """Its rows come after the pairs, one for each token, without a weight."""
+    x, (token, expert, weight) = normal(5, 64, dtype=dtype), pairs(3, 5, 9)
+    (w1, _), (w3, _) = (random_weights(3, 96, 64, mode, dtype) for _ in range(2))
+    (s1, v1), (s3, v3) = (shared_weights(96, 64, shared_mode, dtype) for _ in range(2))
+    args = x, w1, w3, token, expert, weight, 0.5, False
+    found = run(expert_gate_up, *args, (s1, s3))
+    expect_equal(found[:9], expert_gate_up(*args))
+    all_tokens = np.arange(5), np.zeros(5, int), mx.ones(5)
+    expect_match(found[9:], gate_up_expected(x, v1[None], v3[None], *all_tokens, 0.5), dtype)
+
+
+def test_sum_with_the_shared_expert() -> None:
+    """In float32, and rounded once."""
+    routed, shared = normal(5, 6, 67, dtype=mx.bfloat16), normal(5, 67, dtype=mx.bfloat16)
+    expected = rounded(wide(routed).sum(axis=1) + wide(shared), mx.bfloat16)
+    expect_same(run(add_shared, routed, shared), expected, share=0.01)
+
+
+AFFINE = pytest.mark.parametrize(
+    ("bits", "group_size"), [(bits, size) for bits in AFFINE_BITS for size in AFFINE_GROUPS], ids=str
+)
+
+
+def affine(bits: int, group_size: int, *shape: int) -> tuple[ExpertWeights, np.ndarray]:
+    """Numbers in a stream of bits from the lowest on, and the values they stand for."""
+    codes = generator().integers(0, 1 << bits, shape)
+    stream = (codes[..., None] >> np.arange(bits) & 1).astype(np.uint8).reshape(*shape[:-1], -1)
+    words = mx.array(np.packbits(stream, axis=-1, bitorder="little")).view(mx.uint32)
+    scales, biases = (
+        normal(*shape[:-1], shape[-1] // group_size, scale=0.1),
+        normal(*shape[:-1], shape[-1] // group_size),
+    )
+    values = codes * wide(scales).repeat(group_size, -1) + wide(biases).repeat(group_size, -1)
+    return ExpertWeights(words, scales, "affine", biases, bits, group_size), values
+
+
+@AFFINE
+def test_affine_weights(bits: int, group_size: int) -> None:
+    w, values = affine(bits, group_size, 3, 41, 256)
+    unpacked = mx.dequantize(w.weight, w.scales, w.biases, group_size=group_size, bits=bits)
+    np.testing.assert_allclose(wide(unpacked), values, rtol=1e-5, atol=1e-5)
+    h, (_, expert, _) = normal(7, 256), pairs(3, 5, 7)
+    expected = np.array([values[e] @ row for e, row in zip(np.array(expert), wide(h), strict=True)])
+    expect_match(run(expert_down, h, w, expert, False), expected, mx.float32)
+    shared, v = affine(bits, group_size, 41, 256)
+    found = run(expert_down_sum, normal(6, 256), w, expert[:3, None], shared)
+    assert found.shape == (3, 41) and np.isfinite(wide(found)).all()
+    ones = mx.concatenate([mx.zeros((3, 256)), mx.ones((3, 256))])
+    expect_match(expert_down_sum(ones, w, expert[:3, None], shared), np.tile(v.sum(axis=1), (3, 1)), mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mode": "fp3"}, "mode: expected affine or one of"),
+        ({"bits": 7}, "affine weights: expected bits of"),
+        ({"group_size": 16}, "affine weights: .* found 4 and 16"),
+        ({"biases": None}, "w2.biases: expected them with mode affine alone"),
+        ({"biases": mx.zeros((3, 41, 1))}, "w2.biases: expected shape"),
+        ({"mode": "mxfp4"}, "w2.scales: expected shape"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_refuses_formats_that_do_not_exist(changes: dict[str, Any], named: str) -> None:
+    w, _ = affine(4, 64, 3, 41, 256)
+    with pytest.raises(KernelError, match=named):
+        expert_down(normal(2, 256), dataclasses.replace(w, **changes), mx.array([0, 1]), False)
 
 
 def test_odd_sizes_of_plain_weights() -> None:
@@ -166,8 +260,25 @@ def test_refuses_other_shapes() -> None:
     expect_refused("weight", expert_gate_up, x, w1, w3, token, expert, weight[:1], 10.0, False)
     expect_refused("weight", expert_gate_up, x, w1, w3, token, expert, weight[:, None], 10.0, False)
     expect_refused("expert", expert_down, normal(9, 32), w2, expert[:8], False)
-    expect_refused("expert", expert_down_sum, normal(3, 3, 32), w2, expert)
-    expect_refused("w2", expert_down_sum, normal(3, 3, 96), w2, expert.reshape(3, 3))
+    shared, other = (shared_weights(rows, 32, "mxfp8", mx.float32)[0] for rows in (64, 32))
+    expert = expert.reshape(3, 3)
+    expect_refused("h", expert_down_sum, normal(9, 32), w2, expert, shared)
+    expect_refused("w2", expert_down_sum, normal(12, 96), w2, expert, shared)
+    expect_refused("shared w2", expert_down_sum, normal(12, 32), w2, expert, other)
+    flat = expert.flatten()
+    expect_refused(
+        "shared w3",
+        expert_gate_up,
+        x,
+        w1,
+        w3,
+        token,
+        flat,
+        weight,
+        10.0,
+        False,
+        (dataclasses.replace(w1, weight=w1.weight[0], scales=w1.scales[0]), shared),
+    )
 
 
 @pytest.mark.parametrize("argument", ["w1", "w3", "w2"])

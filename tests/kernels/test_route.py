@@ -29,9 +29,15 @@ def expect_routed(logits: mx.array, bias: mx.array, k: int, scale: float) -> Non
 
 
 def expect_weights(logits: np.ndarray, ids: np.ndarray, scale: float) -> None:
+    """With the experts of each token in a row of a table, and rows of others around it."""
     s = np.take_along_axis(scores(logits), ids, axis=-1)
-    found = run(route_hash, mx.array(logits.astype(np.float32)), mx.array(ids.astype(np.int32)), scale)
-    expect_match(found, s / s.sum(axis=-1, keepdims=True) * scale, mx.float32)
+    rows = generator().permutation(2 * ids[..., 0].size)[: ids[..., 0].size].reshape(ids.shape[:-1])
+    table = generator().integers(0, logits.shape[-1], (2 * rows.size, ids.shape[-1])).astype(np.int32)
+    table[rows] = ids
+    args = mx.array(logits.astype(np.float32)), mx.array(table), mx.array(rows.astype(np.int32)), scale
+    experts, weights = run(route_hash, *args)
+    expect_equal(experts, mx.array(ids.astype(np.int32)))
+    expect_match(weights, s / s.sum(axis=-1, keepdims=True) * scale, mx.float32)
 
 
 @sizes("T E k", (1, 1, 1), (1, 7, 7), (5, 67, 6), (33, 256, 6), (3, 13, 1))
@@ -104,14 +110,21 @@ def test_an_expert_twice_counts_as_two() -> None:
     ids = np.array([[4, 4, 2, 4, 0, 2], [3, 3, 3, 3, 3, 3]])
     logits = wide(normal(2, 7))
     expect_weights(logits, ids, 1.5)
-    weights = wide(route_hash(mx.array(logits.astype(np.float32)), mx.array(ids), 1.5))
+    table, tokens = mx.array(ids.astype(np.int32)), mx.arange(2)
+    weights = wide(route_hash(mx.array(logits.astype(np.float32)), table, tokens, 1.5)[1])
     np.testing.assert_allclose(weights[1], 0.25, rtol=5e-6)
 
 
 def test_hash_ids_of_another_integer_type() -> None:
-    logits = normal(3, 7)
-    ids = generator().integers(0, 7, (3, 4))
-    expect_equal(route_hash(logits, mx.array(ids.astype(np.int64)), 1.5), route_hash(logits, mx.array(ids), 1.5))
+    logits, table, ids = (
+        normal(3, 7),
+        mx.array(generator().integers(0, 7, (9, 4)).astype(np.int32)),
+        mx.array([8, 0, 5]),
+    )
+    for found, expected in zip(
+        route_hash(logits, table, ids.astype(mx.int64), 1.5), route_hash(logits, table, ids, 1.5), strict=True
+    ):
+        expect_equal(found, expected)
 
 
 def test_a_token_alone_equals_the_token_of_a_batch() -> None:
@@ -121,12 +134,14 @@ def test_a_token_alone_equals_the_token_of_a_batch() -> None:
         i, w = route(logits[t : t + 1], bias, 6, 1.5)
         expect_equal(i, ids[t : t + 1])
         expect_equal(w, weights[t : t + 1])
-        expect_equal(route_hash(logits[t], ids[t], 1.5), route_hash(logits, ids, 1.5)[t])
+        alone, together = route_hash(logits[t], ids, mx.array(t), 1.5), route_hash(logits, ids, mx.arange(5), 1.5)
+        for a, b in zip(alone, together, strict=True):
+            expect_equal(a, b[t])
 
 
 def test_refuses_other_shapes() -> None:
-    logits, ids = normal(5, 67), mx.zeros((5, 6), mx.int32)
+    logits, table, ids = normal(5, 67), mx.zeros((9, 6), mx.int32), mx.zeros(5, mx.int32)
     expect_refused("bias", route, logits, normal(66), 6, 1.5)
     expect_refused("bias", route, logits, normal(1), 6, 1.5)
-    expect_refused("ids", route_hash, logits, ids[:4], 1.5)
-    expect_refused("ids", route_hash, logits, ids[0], 1.5)
+    expect_refused("ids", route_hash, logits, table, ids[:4], 1.5)
+    expect_refused("ids", route_hash, logits, table, ids[0], 1.5)

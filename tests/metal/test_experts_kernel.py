@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import emulator
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from support import (
 )
 
 from metal_kernels import ExpertWeights, KernelError, expert_down, expert_down_sum, expert_gate_up, kernels
+from metal_kernels._dispatch import source
 from metal_kernels.experts import (
+    AFFINE_BITS,
     MAX_CHOSEN,
     MAX_PAIRS,
     expert_down_reference,
@@ -72,7 +75,14 @@ def gate_up_arrays(E: int, T: int, P: int, D: int, F: int, mode: str, dtype: mx.
 
 
 def down_arrays(E: int, T: int, A: int, D: int, F: int, mode: str, dtype: mx.Dtype = mx.float32) -> tuple[Any, ...]:
-    return normal(T, A, F, dtype=dtype), weights(E, D, F, mode), integers(E, T, A)
+    """The shared expert in the other format, as in the checkpoint."""
+    shared = shared_weights(D, F, "mxfp8" if mode == "mxfp4" else "mxfp4")
+    return normal(T * A + T, F, dtype=dtype), weights(E, D, F, mode), integers(E, T, A), shared
+
+
+def shared_weights(rows: int, columns: int, mode: str) -> ExpertWeights:
+    w = weights(1, rows, columns, mode)
+    return dataclasses.replace(w, weight=w.weight[0], scales=w.scales[0])
 
 
 # --- equal to the references ------------------------------------------------------------------------
@@ -92,12 +102,23 @@ def test_expert_down(mode: str, dtype: mx.Dtype) -> None:
 
 @MODES_AND_FLOATS
 def test_expert_down_sum(mode: str, dtype: mx.Dtype) -> None:
-    """Products are rounded to the type of h; only their sum is float32, so its bound is that of the products."""
+    """Products are rounded to the type of h; their sum is float32 and rounded once."""
     args = down_arrays(5, 3, 6, 67, 96, mode, dtype)
     found, expected = run(expert_down_sum, *args), wide(expert_down_sum_reference(*args))
-    assert found.dtype == mx.float32
-    expect_match(found.astype(dtype), rounded(expected, dtype), dtype)
-    expect_same(found, expected, share=1.0 if dtype == mx.float32 else 0.01)
+    expect_match(found, expected, dtype)
+    expect_same(found, expected, share=1.0 if dtype == mx.float32 else 0.02)
+
+
+@MODES_AND_FLOATS
+def test_gate_up_with_the_shared_expert(mode: str, dtype: mx.Dtype) -> None:
+    """In the same launch; it changes nothing for the pairs."""
+    args, other = gate_up_arrays(5, 7, 11, 96, 67, mode, dtype), "mxfp8" if mode == "mxfp4" else "mxfp4"
+    shared = shared_weights(67, 96, other), shared_weights(67, 96, other)
+    found = run(expert_gate_up, *args, shared)
+    assert found.shape == (18, 67)
+    expect_match(found, wide(expert_gate_up_reference(*args, shared)), dtype)
+    expect_match(found[11:], wide(expert_gate_up_reference(*args, shared)[11:]), dtype)
+    expect_equal(found[:11], expert_gate_up(*args))
 
 
 OTHER_SIZES = sizes(
@@ -113,7 +134,7 @@ def test_other_sizes(E: int, T: int, A: int, D: int, F: int, mode: str) -> None:
     expect_match(run(expert_gate_up, *args), wide(expert_gate_up_reference(*args)), mx.float32)
     args = down_arrays(E, T, A, F, D, mode)
     expect_match(run(expert_down_sum, *args), wide(expert_down_sum_reference(*args)), mx.float32)
-    args = args[0].flatten(0, 1), args[1], args[2].flatten(), False
+    args = args[0][: T * A], args[1], args[2].flatten(), False
     expect_match(run(expert_down, *args), wide(expert_down_reference(*args)), mx.float32)
 
 
@@ -200,10 +221,13 @@ def test_products_are_rounded_before_the_activation_and_once_after_the_weight(dt
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=dtype_name)
 def test_products_are_rounded_before_their_sum(dtype: mx.Dtype) -> None:
     weight, scales, values = packed_weights(3, 41, 96, mode="mxfp4")
-    h, expert = normal(4, 6, 96, dtype=dtype), integers(3, 4, 6)
-    products = np.einsum("tadf,taf->tad", values[np.array(expert)], wide(h))
-    found = run(expert_down_sum, h, ExpertWeights(weight, scales, "mxfp4"), expert)
-    expect_match(found, rounded(products, dtype).sum(axis=1), mx.float32)
+    h, expert = normal(28, 96, dtype=dtype), integers(3, 4, 6)
+    products = np.einsum("tadf,taf->tad", values[np.array(expert)], wide(h[:24]).reshape(4, 6, 96))
+    shared = shared_weights(41, 96, "mxfp8")
+    # Nothing but zeros from the shared expert, so that the routed sum alone is rounded at the end.
+    h[24:] = 0
+    found = run(expert_down_sum, h, ExpertWeights(weight, scales, "mxfp4"), expert, shared)
+    expect_same(found, rounded(rounded(products, dtype).sum(axis=1), dtype), share=0.02)
 
 
 @pytest.mark.parametrize("limit", [10.0, 0.5, 0.01])
@@ -223,11 +247,12 @@ def test_what_is_not_finite_stays_in_its_token(value: float) -> None:
     found = expert_gate_up(x, *rest)
     expect_match(found, wide(expert_gate_up_reference(x, *rest)), mx.float32)
     assert np.isfinite(wide(found)[token != 1]).all()
-    h, w2, expert = down_arrays(3, 3, 2, 13, 64, "mxfp4")
-    h[1, 1, 37] = value
-    found = expert_down_sum(h, w2, expert)
-    expect_match(found, wide(expert_down_sum_reference(h, w2, expert)), mx.float32)
-    assert np.isfinite(wide(found)[[0, 2]]).all()
+    for row in (3, 7):  # an expert of token 1, and its shared one
+        h, *rest = down_arrays(3, 3, 2, 13, 64, "mxfp4")
+        h[row, 37] = value
+        found = expert_down_sum(h, *rest)
+        expect_match(found, wide(expert_down_sum_reference(h, *rest)), mx.float32)
+        assert np.isfinite(wide(found)[[0, 2]]).all() and not np.isfinite(wide(found)[1]).all()
 
 
 # --- pairs, experts, slots --------------------------------------------------------------------------
@@ -240,7 +265,8 @@ def test_a_pair_alone_equals_the_pair_among_others(mode: str) -> None:
     w2 = weights(3, 41, 64, mode)
     h = normal(9, 64, dtype=mx.bfloat16)
     down = expert_down(h, w2, expert, False)
-    expect_match(expert_down_sum(h.reshape(9, 1, 64), w2, expert[:, None]), wide(down), mx.float32)
+    with_shared, shared = mx.concatenate([h, mx.zeros_like(h)]), shared_weights(41, 64, "mxfp8")
+    expect_equal(expert_down_sum(with_shared, w2, expert[:, None], shared), down)
     for p in range(9):
         one = slice(p, p + 1)
         expect_equal(expert_gate_up(x, w1, w3, token[one], expert[one], weight[one], *rest), together[one])
@@ -248,17 +274,26 @@ def test_a_pair_alone_equals_the_pair_among_others(mode: str) -> None:
 
 
 def test_slots_in_the_place_of_experts() -> None:
-    """The same experts in another order and under other numbers, among slots that hold garbage."""
-    x, w1, w3, token, expert, *rest = gate_up_arrays(4, 3, 7, 64, 13, "mxfp4")
-    slot = np.array([5, 0, 6, 3])
+    """The chosen experts in another order and under other numbers, in fewer slots, one of them with garbage."""
+    x, w1, w3, token, _, *rest = gate_up_arrays(9, 3, 7, 64, 13, "mxfp4")
+    expert = mx.array([7, 2, 7, 0, 2, 0, 7])
+    held, slot = [7, 0, 2], {7: 3, 0: 0, 2: 1}
+    slots = mx.array([slot[int(e)] for e in np.array(expert)])
 
     def pool(w: ExpertWeights) -> ExpertWeights:
-        weight, scales = np.full((7, 13, 8), 0x77777777, np.uint32), np.full((7, 13, 2), 254, np.uint8)
-        weight[slot], scales[slot] = np.array(w.weight), np.array(w.scales)
+        rows, columns = w.weight.shape[1:]
+        weight = np.full((4, rows, columns), 0x77777777, np.uint32)
+        scales = np.full((4, *w.scales.shape[1:]), 254, np.uint8)
+        for e in held:
+            weight[slot[e]], scales[slot[e]] = np.array(w.weight[e]), np.array(w.scales[e])
         return ExpertWeights(mx.array(weight), mx.array(scales), w.mode)
 
-    found = expert_gate_up(x, pool(w1), pool(w3), token, mx.array(slot)[expert], *rest)
+    found = expert_gate_up(x, pool(w1), pool(w3), token, slots, *rest)
     expect_equal(found, expert_gate_up(x, w1, w3, token, expert, *rest))
+    w2, shared, h = weights(9, 41, 32, "mxfp4"), shared_weights(41, 32, "mxfp8"), normal(8, 32)
+    found = expert_down_sum(h, pool(w2), slots[None], shared)
+    expect_equal(found, expert_down_sum(h, w2, expert[None], shared))
+    expect_equal(expert_down(h[:7], pool(w2), slots, False), expert_down(h[:7], w2, expert, False))
 
 
 @pytest.mark.parametrize("dtype", [mx.int32, mx.uint32, mx.int64], ids=dtype_name)
@@ -270,13 +305,139 @@ def test_any_type_of_numbers(dtype: mx.Dtype) -> None:
 
 def test_the_sum_has_each_of_its_experts_once() -> None:
     """An expert named twice counts twice, and the order of experts only moves the last bits."""
-    h, w2, expert = down_arrays(5, 2, 6, 13, 64, "mxfp4")
+    h, w2, expert, shared = down_arrays(5, 1, 6, 13, 64, "mxfp4")
     expert[:, 3] = expert[:, 1]
     order = mx.array([4, 2, 0, 5, 1, 3])
-    found = expert_down_sum(h, w2, expert)
-    expect_match(expert_down_sum(h[:, order], w2, expert[:, order]), wide(found), mx.float32)
-    parts = [expert_down_sum(h[:, a : a + 1], w2, expert[:, a : a + 1]) for a in range(6)]
-    expect_match(found, sum(wide(part) for part in parts), mx.float32)
+    found = expert_down_sum(h, w2, expert, shared)
+    moved = mx.concatenate([h[order], h[6:]])
+    expect_match(expert_down_sum(moved, w2, expert[:, order], shared), wide(found), mx.float32)
+    parts = [wide(expert_down(h[a : a + 1], w2, expert[0, a : a + 1], False)) for a in range(6)]
+    one = dataclasses.replace(shared, weight=shared.weight[None], scales=shared.scales[None])
+    parts.append(wide(expert_down(h[6:], one, mx.array([0]), False)))
+    expect_match(found, sum(parts), mx.float32)
+
+
+# --- affine weights, and nvfp4 ----------------------------------------------------------------------
+
+AFFINE = pytest.mark.parametrize(
+    ("bits", "group_size"), [*((bits, 32) for bits in AFFINE_BITS), (3, 64), (3, 128), (8, 64), (8, 128)], ids=str
+)
+
+
+def affine(bits: int, group_size: int, *shape: int, dtype: mx.Dtype = mx.float32) -> ExpertWeights:
+    """Packed by MLX, so that every layout is its own."""
+    packed = mx.quantize(normal(*shape, dtype=dtype), group_size=group_size, bits=bits)
+    return ExpertWeights(packed[0], packed[1], "affine", packed[2], bits, group_size)
+
+
+@AFFINE
+def test_every_bit_of_affine_weights(bits: int, group_size: int) -> None:
+    """A column at a time, with a scale of one and a bias of zero: exactly the number that was packed."""
+    w = affine(bits, group_size, 2, 13, 256)
+    one = dataclasses.replace(w, scales=mx.ones_like(w.scales), biases=mx.zeros_like(w.biases))
+    numbers = mx.dequantize(one.weight, one.scales, one.biases, group_size=group_size, bits=bits)
+    columns = mx.array(generator().permutation(256)[:96])
+    found = expert_down(mx.eye(256)[columns], one, mx.full((96,), 1), False)
+    np.testing.assert_array_equal(np.array(found), np.array(numbers[1].T[columns]))
+    assert wide(numbers).max() == 2**bits - 1 and wide(numbers).min() == 0
+
+
+@AFFINE
+def test_affine_weights(bits: int, group_size: int) -> None:
+    h, w = normal(5, 256) + 1, affine(bits, group_size, 3, 13, 256)
+    args = h, w, integers(3, 5), False
+    expect_match(run(expert_down, *args), wide(expert_down_reference(*args)), mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"), [*((d, d) for d in BOUNDS), (mx.bfloat16, mx.float32)], ids=dtype_name
+)
+def test_types_of_affine_scales(dtype: mx.Dtype, scale_dtype: mx.Dtype) -> None:
+    """Beside a shared expert of another format, and the other way round."""
+    x, w1, w3 = normal(2, 64, dtype=dtype), *(affine(4, 64, 3, 13, 64, dtype=scale_dtype) for _ in range(2))
+    shared = shared_weights(13, 64, "mxfp8"), shared_weights(13, 64, "mxfp8")
+    args = x, w1, w3, integers(2, 5), integers(3, 5), mx.abs(normal(5)), LIMIT, False, shared
+    expect_match(run(expert_gate_up, *args), wide(expert_gate_up_reference(*args)), dtype)
+    h, w2, expert, _ = down_arrays(3, 2, 3, 13, 64, "mxfp4", dtype)
+    down = h, w2, expert, affine(6, 32, 13, 64, dtype=scale_dtype)
+    expect_match(run(expert_down_sum, *down), wide(expert_down_sum_reference(*down)), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=dtype_name)
+def test_nvfp4(dtype: mx.Dtype) -> None:
+    """Each half of a block has a scale of its own."""
+    words, scales = mx.quantize(normal(3, 13, 96) * mx.exp(normal(3, 13, 96)), mode="nvfp4")
+    args = normal(5, 96, dtype=dtype), ExpertWeights(words, scales, "nvfp4"), integers(3, 5), False
+    expect_match(run(expert_down, *args), wide(expert_down_reference(*args)), dtype)
+
+
+@GPU
+def test_affine_as_a_gpu_may_run_it(changes: dict[str, Any]) -> None:
+    args = normal(5, 128), affine(3, 64, 3, 13, 128), integers(3, 5), False
+    with emulate(**changes):
+        expect_match(expert_down(*args), wide(expert_down_reference(*args)), mx.float32)
+
+
+def test_affine_formats_that_are_not_covered() -> None:
+    w1, w3, x = affine(4, 64, 3, 13, 64), affine(3, 64, 3, 13, 64), normal(2, 64)
+    args = integers(2, 5), integers(3, 5), mx.abs(normal(5)), LIMIT, False
+    with pytest.raises(KernelError, match="the kernel covers"):
+        expert_gate_up(x, w1, w3, *args)
+    mixed = dataclasses.replace(w1, biases=w1.biases.astype(mx.bfloat16))
+    with pytest.raises(KernelError, match="the kernel covers"):
+        expert_down(x, mixed, mx.array([0, 1]), False)
+
+
+# --- scales and offsets at their ends ---------------------------------------------------------------
+
+
+@MODES
+def test_scale_of_all_ones_is_infinity_and_of_zeros_is_the_smallest(mode: str) -> None:
+    """As MLX reads 255; a number that is zero has no product with it."""
+    codes = {"mxfp4": 0x22222222, "mxfp8": 0x38383838}[mode]  # ones
+    bits = 4 if mode == "mxfp4" else 8
+    words = mx.full((1, 3, 64 * bits // 32), codes, mx.uint32)
+    scales = mx.array([[[255, 127], [0, 0], [127, 127]]], mx.uint8)
+    w2 = ExpertWeights(words, scales, mode)
+    h = mx.concatenate([mx.full((1, 64), 1.0), mx.full((1, 64), 2.0**100)])
+    found = expert_down(h, w2, mx.zeros(2, mx.int32), False)
+    np.testing.assert_array_equal(wide(found), [[np.inf, 2.0**-121, 64], [np.inf, 2.0**-21, 2.0**106]])
+    expect_match(found, wide(expert_down_reference(h, w2, mx.zeros(2, mx.int32), False)), mx.float32)
+
+
+def test_offsets_are_64_bit() -> None:
+    """Expert 255 of 2048 rows and 128 blocks starts beyond 2^31 bytes, and its last blocks beyond 2^31 of 16 bytes."""
+    body = """
+    size_t seen = 0;
+    const Probe probe{&seen};
+    float sums[1] = {};
+    const float x[32] = {};
+    const int expert = numbers[0];
+    const int rows = numbers[1];
+    const int blocks = numbers[2];
+    // The block's own words are behind the pointer's offset, so that the place in the array is the start.
+    const size_t block = (static_cast<size_t>(expert) * rows + rows - 1) * blocks + blocks - 1;
+    add_rows<1, 4, 32, false>(sums, words - block * 4, probe, probe, expert, rows, rows - 1, blocks, blocks - 1, x);
+    place[0] = static_cast<uint>(seen >> 32);
+    place[1] = static_cast<uint>(seen);
+    """
+    probe = """
+    struct Probe {
+        thread size_t* seen;
+        uint operator[](size_t at) const { *seen = at; return 127u; }
+    };
+    """
+    made = emulator.metal_kernel(
+        name="offsets", input_names=["words", "numbers"], output_names=["place"], source=body,
+        header=source("decode") + probe,
+    )  # fmt: skip
+    for expert, rows, blocks in ((255, 2048, 128), (383, 7168, 2048)):
+        (place,) = made(
+            inputs=[mx.zeros(8, mx.uint32), mx.array([expert, rows, blocks] + [0] * 5)],
+            grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[(2,)], output_dtypes=[mx.uint32],
+        )  # fmt: skip
+        high, low = (int(v) for v in np.array(place))
+        assert (high << 32) + low == ((expert + 1) * rows) * blocks - 1
 
 
 # --- sizes of the model, and limits -----------------------------------------------------------------
@@ -300,16 +461,18 @@ def test_gate_up_of_the_model(mode: str) -> None:
 
 
 def test_down_sum_of_the_model() -> None:
-    h, w2 = normal(1, 6, 2048, dtype=mx.bfloat16), many_weights(6, 4096, 2048, "mxfp4")
-    expert = mx.array([[3, 0, 5, 1, 4, 2]])
+    h, w2 = normal(7, 2048, dtype=mx.bfloat16), many_weights(6, 4096, 2048, "mxfp4")
+    one = many_weights(1, 4096, 2048, "mxfp8")
+    expert, shared = mx.array([[3, 0, 5, 1, 4, 2]]), ExpertWeights(one.weight[0], one.scales[0], "mxfp8")
     with emulate(counters=True, repeat=False) as session:
-        found = expert_down_sum(h, w2, expert)
+        found = expert_down_sum(h, w2, expert, shared)
     (launch,) = session.dispatches
-    assert (launch.grid, launch.threadgroup, launch.threadgroup_bytes) == ((32, 6, 1024), (32, 6, 1), 96)
-    words, scales = launch.traffic["w2"], launch.traffic["s2"]
-    assert words.read_bytes == words.read_distinct == 16 * words.read_accesses == w2.weight.nbytes
-    assert scales.read_bytes == scales.read_distinct == w2.scales.nbytes
-    expect_match(found, wide(expert_down_sum_reference(h, w2, expert)), mx.float32)
+    assert (launch.grid, launch.threadgroup, launch.threadgroup_bytes) == ((32, 7, 1024), (32, 7, 1), 112)
+    for name, w in (("", w2), ("shared_", shared)):
+        words, scales = launch.traffic[f"{name}w2"], launch.traffic[f"{name}s2"]
+        assert words.read_bytes == words.read_distinct == 16 * words.read_accesses == w.weight.nbytes
+        assert scales.read_bytes == scales.read_distinct == w.scales.nbytes
+    expect_match(found, wide(expert_down_sum_reference(h, w2, expert, shared)), mx.bfloat16)
 
 
 CALLS: dict[str, Callable[[int, int, str], tuple[Callable[..., mx.array], tuple[Any, ...]]]] = {
@@ -331,7 +494,7 @@ def test_limits(name: str) -> None:
     beyond = [CALLS[name](MAX_PAIRS + 1, 1, "mxfp4")]
     if name == "down_sum":
         beyond.append(CALLS[name](1, MAX_CHOSEN + 1, "mxfp4"))
-    plain = [ExpertWeights(normal(2, 5, 32)) if isinstance(a, ExpertWeights) else a for a in args]
+    plain = [ExpertWeights(normal(*a.weight.shape[:-1], 32)) if isinstance(a, ExpertWeights) else a for a in args]
     for refused in (*(args for _, args in beyond), plain):
         with pytest.raises(KernelError, match="the kernel covers up to"):
             op(*refused)
@@ -341,12 +504,13 @@ def test_limits(name: str) -> None:
 
 def test_refuses_scales_of_another_shape() -> None:
     """The kernel would read past their end."""
-    h, w2, expert = down_arrays(3, 2, 2, 13, 64, "mxfp4")
-    short = dataclasses.replace(w2, scales=w2.scales[..., :1])
-    expect_refused("w2.scales", expert_down_sum, h, short, expert)
-    expect_refused("w2.scales", expert_down, h[0], short, expert[0], False)
-    expect_refused("expert", expert_down_sum, h, w2, expert[:1])
-    expect_refused("w2", expert_down_sum, h[..., :32], w2, expert)
+    h, w2, expert, shared = down_arrays(3, 2, 2, 13, 64, "mxfp4")
+    short, short_shared = (dataclasses.replace(w, scales=w.scales[..., :1]) for w in (w2, shared))
+    expect_refused("w2.scales", expert_down_sum, h, short, expert, shared)
+    expect_refused("shared w2.scales", expert_down_sum, h, w2, expert, short_shared)
+    expect_refused("w2.scales", expert_down, h[:2], short, expert[0], False)
+    expect_refused("h", expert_down_sum, h, w2, expert[:1], shared)
+    expect_refused("w2", expert_down_sum, h[..., :32], w2, expert, shared)
     x, w1, w3, *rest = gate_up_arrays(3, 2, 3, 64, 13, "mxfp4")
     expect_refused("w1.scales", expert_gate_up, x, dataclasses.replace(w1, scales=w1.scales[:2]), w3, *rest)
     expect_refused("w3.scales", expert_gate_up, x, w1, dataclasses.replace(w3, scales=w3.scales[:, :1]), *rest)

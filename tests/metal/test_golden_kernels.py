@@ -58,7 +58,7 @@ def test_logits(case: str, emulated: Session, chosen: list[np.ndarray], monkeypa
     with_kernels = chosen.copy()
     chosen.clear()
     ran = {dispatch.kernel for dispatch in emulated.dispatches}
-    assert ran >= {"stream_mix", "key_row", "compress", "sparse_attention", "route", "expert_gate_up"}, ran
+    assert ran >= {"stream_enter", "key_row", "compress", "sparse_attention", "route", "expert_gate_up"}, ran
     golden.expect_within(found, want["logits"][: PREFILL + STEPS], golden.tolerance(case)["float32"]["logits"], case)
     with kernels("reference"):
         error = golden.relative_rms(found, run(model, ids))

@@ -40,9 +40,19 @@ def expect_routed(logits: mx.array, bias: mx.array, k: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=5e-6)
 
 
-def expect_weights(logits: mx.array, ids: mx.array) -> None:
-    expected = route_hash_reference(logits, ids, SCALE)
-    found = run(route_hash, logits, ids, SCALE)
+def in_table(experts: mx.array) -> tuple[mx.array, mx.array]:
+    """A table with each token's experts in a row, under rows of others, and the numbers of the rows."""
+    rows = experts.reshape(-1, experts.shape[-1])
+    T = rows.shape[0]
+    table = mx.concatenate([mx.zeros_like(rows), rows[::-1]]).astype(mx.int32)
+    return table, (2 * T - 1 - mx.arange(T)).reshape(experts.shape[:-1])
+
+
+def expect_weights(logits: mx.array, experts: mx.array) -> None:
+    table, ids = in_table(experts)
+    _, expected = route_hash_reference(logits, table, ids, SCALE)
+    chosen, found = run(route_hash, logits, table, ids, SCALE)
+    expect_equal(chosen, experts.astype(mx.int32))
     expect_match(found, wide(expected), mx.float32)
     np.testing.assert_allclose(wide(found), wide(expected), rtol=5e-6)
 
@@ -138,21 +148,26 @@ def test_a_token_does_not_depend_on_the_others() -> None:
             i, w = route(logits[b, t], bias, 6, SCALE)
             expect_equal(i, ids[b, t])
             expect_equal(w, weights[b, t])
-            expect_equal(route_hash(logits[b, t], ids[b, t], SCALE), route_hash(logits, ids, SCALE)[b, t])
+            alone = route_hash(logits[b, t], *in_table(ids[b, t]), SCALE)
+            for one, all_of_them in zip(alone, route_hash(logits, *in_table(ids), SCALE), strict=True):
+                expect_equal(one, all_of_them[b, t])
 
 
 def test_what_is_not_covered() -> None:
     logits, bias = normal(2, 67), normal(67)
-    ids = mx.array(generator().integers(0, 67, (2, 33)))
+    table, ids = in_table(mx.array(generator().integers(0, 67, (2, 33))))
     with pytest.raises(KernelError, match="route: the kernel covers at most 32 of the experts"):
         route(logits, bias, 33, SCALE)
     with pytest.raises(KernelError, match="route: the kernel covers at most 32 of the experts"):
         route(logits[:, :5], bias[:5], 6, SCALE)
     with pytest.raises(KernelError, match="route_hash: the kernel covers at most 32 experts"):
-        route_hash(logits, ids, SCALE)
+        route_hash(logits, table, ids, SCALE)
+    with pytest.raises(KernelError, match="in a table of int32"):
+        route_hash(logits, table[:, :6].astype(mx.int64), ids, SCALE)
     with kernels("auto"):
         expect_equal(route(logits, bias, 33, SCALE)[1], route_reference(logits, bias, 33, SCALE)[1])
-        expect_equal(route_hash(logits, ids, SCALE), route_hash_reference(logits, ids, SCALE))
+        found, expected = (op(logits, table, ids, SCALE)[1] for op in (route_hash, route_hash_reference))
+        expect_equal(found, expected)
 
 
 # --- by token id ------------------------------------------------------------------------------------
@@ -169,10 +184,15 @@ def test_only_the_chosen_logits_are_read() -> None:
         expect_weights(logits, ids)
     launch = session.dispatches[0]
     assert (launch.grid, launch.threadgroup, launch.threadgroup_bytes) == ((32, 9, 1), (32, 8, 1), 0)
-    assert launch.traffic["logits"].read_bytes == ids.size * 4
+    assert launch.traffic["logits"].read_bytes == launch.traffic["table"].read_bytes == ids.size * 4
 
 
 @pytest.mark.parametrize("dtype", [mx.int32, mx.int64, mx.uint32, mx.uint16], ids=str)
 def test_ids_of_another_integer_type(dtype: mx.Dtype) -> None:
     """An expert that comes twice is two terms."""
-    expect_weights(normal(2, 67), mx.array([[4, 4, 66, 4, 0, 2], [3, 3, 3, 3, 3, 3]]).astype(dtype))
+    logits, (table, ids) = normal(2, 67), in_table(mx.array([[4, 4, 66, 4, 0, 2], [3, 3, 3, 3, 3, 3]]))
+    for found, expected in zip(
+        run(route_hash, logits, table, ids.astype(dtype), SCALE), route_hash(logits, table, ids, SCALE), strict=True
+    ):
+        expect_equal(found, expected)
+    expect_weights(logits, table[ids])

@@ -1,48 +1,40 @@
-// pre[t, n] = sigmoid(m[n] * scale[0] + base[n]) + hc_eps
+// y[t] = collapse(x[t], pre, weight), with pre[n] = sigmoid(m[n] * scale[0] + base[n]) + hc_eps
 // post[t, n] = 2 * sigmoid(m[N + n] * scale[1] + base[N + n])
 // comb[t, j, k] = Sinkhorn(C)[j, k],  C[j, k] = m[2N + N * j + k] * scale[2] + base[2N + N * j + k]
 // with m[r] = (sum over s of partial[t, r, s]) / sqrt((sum over s of partial[t, M, s]) / K + norm_eps)
 // Sinkhorn: softmax over k and + hc_eps; sum over j; then ITERATIONS - 1 times sum over k, sum over j. Each is
 // C / (sum + hc_eps).
 //
-// Second launch; the first is stream_project.metal, which says why there are two. Grid (simdgroups * 32, T), one
-// threadgroup per token: each simdgroup adds the slices of ROWS rows, then the first one does the rest. Its lane
-// j * N + k holds comb[j, k] in a register: a normalisation is N shuffles, and every element of a row or column adds
-// the same numbers in the same order. Must stay equal to the reference: the order of the steps, the last one over j,
-// and every eps in its place (none in post, none in the softmax). Fused because each of these steps on N * N numbers
-// would be a launch.
+// Second launch; the first is stream_project.metal, which says why there are two. Grid (THREADS, T), one threadgroup
+// per token: its simdgroups add the slices, every thread makes pre for itself and takes part in the collapse, and the
+// first simdgroup goes on with the rest. Its lane j * N + k holds comb[j, k] in a register: a normalisation is N
+// shuffles, and every element of a row or column adds the same numbers in the same order. Must stay equal to the
+// reference: the order of the steps, the last one over j, every eps in its place (none in post, none in the softmax),
+// and the rounding of the collapse. Fused because each step on N * N numbers would be a launch, and because the
+// collapse needs nothing but pre.
+const int thread_index = thread_position_in_threadgroup.x;
 const int lane = thread_index_in_simdgroup;
 const int group = simdgroup_index_in_threadgroup;
 const size_t token = threadgroup_position_in_grid.y;
+constexpr int K = N * D;
 
 threadgroup float sums[M + 1];
+threadgroup float squares[THREADS / 32];
 
-for (int r = 0; r < ROWS; r++) {
-    const int row = metal::min(group * ROWS + r, M);
-    float sum = 0.0f;
-    for (int s = lane; s < SLICES; s += 32) {
-        sum += partial[(token * (M + 1) + row) * SLICES + s];
-    }
-    sum = simd_sum(sum);
-    if (lane == 0 && group * ROWS + r <= M) {
-        sums[row] = sum;
-    }
+add_slices<M + 1, SLICES, THREADS>(sums, partial + token * (M + 1) * SLICES, group, lane);
+const float eps = hc_eps[0];
+const float norm = metal::precise::rsqrt(sums[M] / static_cast<float>(K) + norm_eps[0]);
+float pre[N];
+#pragma clang loop unroll(full)
+for (int n = 0; n < N; n++) {
+    pre[n] = stream_gate(sums[n] * norm * scale[0] + base[n]) + eps;
 }
-threadgroup_barrier(mem_flags::mem_threadgroup);
+collapse<Elem, N, D, THREADS>(y + token * D, x + token * K, pre, weight, norm_eps[0], squares, thread_index);
 
 // The whole simdgroup takes this branch, so all lanes meet in the shuffles.
 if (group == 0) {
-    const float eps = hc_eps[0];
-    const float norm = metal::precise::rsqrt(sums[M] / static_cast<float>(K) + norm_eps[0]);
-
-    if (lane < 2 * N) {
-        const float z = sums[lane] * norm * (lane < N ? scale[0] : scale[1]) + base[lane];
-        const float gate = 1.0f / (1.0f + metal::precise::exp(-z));
-        if (lane < N) {
-            pre[token * N + lane] = gate + eps;
-        } else {
-            post[token * N + lane - N] = 2.0f * gate;
-        }
+    if (lane < N) {
+        post[token * N + lane] = 2.0f * stream_gate(sums[N + lane] * norm * scale[1] + base[N + lane]);
     }
 
     // Lanes beyond the matrix repeat its last row, and are not written.
