@@ -406,7 +406,7 @@ def test_scale_of_all_ones_is_infinity_and_of_zeros_is_the_smallest(mode: str) -
 
 
 def test_offsets_are_64_bit() -> None:
-    """Expert 255 of 2048 rows and 128 blocks starts beyond 2^31 bytes, and its last blocks beyond 2^31 of 16 bytes."""
+    """Up to more blocks, and more rows, than 2^32: the number of the last block, and the words that are read for it."""
     body = """
     size_t seen = 0;
     const Probe probe{&seen};
@@ -415,7 +415,7 @@ def test_offsets_are_64_bit() -> None:
     const int expert = numbers[0];
     const int rows = numbers[1];
     const int blocks = numbers[2];
-    // The block's own words are behind the pointer's offset, so that the place in the array is the start.
+    // Such an array would not fit here, so its start lies where its last block is the one that is there.
     const size_t block = (static_cast<size_t>(expert) * rows + rows - 1) * blocks + blocks - 1;
     add_rows<1, 4, 32, false>(sums, words - block * 4, probe, probe, expert, rows, rows - 1, blocks, blocks - 1, x);
     place[0] = static_cast<uint>(seen >> 32);
@@ -431,7 +431,7 @@ def test_offsets_are_64_bit() -> None:
         name="offsets", input_names=["words", "numbers"], output_names=["place"], source=body,
         header=source("decode") + probe,
     )  # fmt: skip
-    for expert, rows, blocks in ((255, 2048, 128), (383, 7168, 2048)):
+    for expert, rows, blocks in ((255, 2048, 128), (383, 7168, 2048), (1 << 20, 4099, 3)):
         (place,) = made(
             inputs=[mx.zeros(8, mx.uint32), mx.array([expert, rows, blocks] + [0] * 5)],
             grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[(2,)], output_dtypes=[mx.uint32],
