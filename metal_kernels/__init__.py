@@ -12,7 +12,7 @@ from .experts import ExpertWeights, add_shared, expert_down, expert_down_sum, ex
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
-from .key_row import key_row
+from .latents import latents
 from .project_f32 import project_f32
 from .quantized_product import quantized_product
 from .query_rope import query_rope
@@ -42,7 +42,7 @@ __all__ = [
     "index_scores",
     "index_topk",
     "kernels",
-    "key_row",
+    "latents",
     "project_f32",
     "quantized_product",
     "query_rope",

@@ -8,15 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from .compress import compress
+from .compress import Quant, compress
 from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up
 from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
-from .key_row import key_row
+from .latents import latents
 from .project_f32 import project_f32
 from .query_rope import query_rope
-from .rms_norm import rms_norm
 from .route import route, route_hash
 from .sparse_attention import sparse_attention
 from .stream_enter import stream_enter, stream_head
@@ -89,22 +88,28 @@ def _rows(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     T, H, K, P = (1, 64, 512, 64) if real else (3, 5, 70, 6)
     label, (cos, sin) = _label(real, dtype), _rotation(T, P // 2)
     q, kv, weight = _normal(1, T, H, K, dtype=dtype), _normal(1, T, K, dtype=dtype), _normal(K, dtype=dtype)
-    wide = _normal(1, T, 1024 if real else 67, dtype=dtype)
-    yield Case("rms_norm", label, lambda: rms_norm(wide, mx.ones(wide.shape[-1]), EPS), real=real)
+    latent = _normal(1, T, 1024 if real else 66, dtype=dtype)
+    norms = mx.ones(latent.shape[-1]), weight
     yield Case("query_rope", label, lambda: query_rope(q, cos, sin, EPS), real=real)
-    yield Case("key_row", label, lambda: key_row(kv, weight, cos, sin, EPS, True), rounds=True, real=real)
-    for M in (8, 128):
-        rows, gate = _normal(1, T, M, K), _normal(1, T, M, K, seed=1)
-        yield Case(
-            "compress", f"{label}, {M} tokens",
-            lambda rows=rows, gate=gate: compress(rows, gate, weight, cos, sin, EPS, dtype, "fp8"),  # type: ignore[misc]
-            rounds=True, real=real,
-        )  # fmt: skip
+    yield Case("latents", label, lambda: latents(latent, kv, *norms, cos, sin, EPS, True), rounds=True, real=real)
+    for R, overlap in ((4, True), (128, False)):
+        call = _compress(R, overlap, weight, cos, sin, dtype, "fp8")
+        yield Case("compress", f"{label}, groups of {R}", call, rounds=True, real=real)
     logits, bias = _normal(T, 256 if real else 11), _normal(256 if real else 11)
     yield Case("route", label, lambda: route_by_expert(logits, bias, 6), real=real)
     V = 129280 if real else 13
     table, ids = (mx.arange(V * 6).reshape(V, 6) % logits.shape[-1]).astype(mx.int32), V - 1 - mx.arange(T)
     yield Case("route_hash", label, lambda: route_hash(logits, table, ids, 1.5), real=real)
+
+
+def _compress(
+    R: int, overlap: bool, weight: mx.array, cos: mx.array, sin: mx.array, dtype: mx.Dtype, quant: Quant
+) -> Callable[[], mx.array]:
+    """As many groups as there are angles, with one before them, in a ring that ends within a group."""
+    S, channels = cos.shape[0], (1 + overlap) * weight.size
+    tokens, ape = _normal(1, (S + 1) * R, 2 * channels + 1), _normal(R, channels)
+    columns = {"kv": 1, "gate": 1 + channels}
+    return lambda: compress(tokens, ape, weight, cos, sin, EPS, dtype, quant, start=R - 1, before=True, **columns)
 
 
 def route_by_expert(logits: mx.array, bias: mx.array, k: int) -> mx.array:
@@ -118,13 +123,10 @@ def _index(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     label, (cos, sin) = _label(real, dtype), _rotation(T, 32)
     q, w, keys = _normal(1, T, heads, J, dtype=dtype), _normal(1, T, heads), _normal(1, S, J, dtype=dtype)
     scores, visible = _normal(1, T, S), mx.arange(S - T + 1, S + 1)
-    gate = _normal(1, T, 8, J, seed=1)
+    call = _compress(4, True, mx.ones(J), cos, sin, dtype, "fp4")
     yield Case("index_query", label, lambda: index_query(q, cos, sin, True), rounds=True, real=real)
-    yield Case(
-        "compress", f"{label}, index keys",
-        lambda: compress(_normal(1, T, 8, J), gate, mx.ones(J), cos, sin, EPS, dtype, "fp4"), rounds=True, real=real,
-    )  # fmt: skip
-    yield Case("index_scores", label, lambda: index_scores(q, w, keys), real=real)
+    yield Case("compress", f"{label}, index keys", call, rounds=True, real=real)
+    yield Case("index_scores", label, lambda: index_scores(q, w, keys, 0.01), real=real)
     yield Case("index_topk", label, lambda: index_topk(scores, k, visible), exact=True, real=real)
     ties = mx.round(scores)
     yield Case("index_topk", f"{label}, ties", lambda: index_topk(ties, k, visible), exact=True, real=real)

@@ -1,4 +1,4 @@
-// scores[t, s] = sum over i of w[t, i] * relu(q[t, i] . keys[s])
+// scores[t, s] = sum over i of scale * w[t, i] * relu(q[t, i] . keys[s])
 //
 // Grid (32 * SIMDS, tiles of 16 * SIMDS keys, tokens). A threadgroup multiplies all heads of a token with its keys as
 // matrices of 8 x 8, a simdgroup the heads with 16 of the keys; DEPTH of the J dimensions lie in threadgroup memory at
@@ -48,7 +48,7 @@ for (int head = 0; head < I; head += HEADS) {
         }
         stage_keys<J, KEYS, DEPTH, STRIDE, THREADS, BYTES>(rows, keys, base + first, S - first, depth, thread_index);
         for (int i = thread_index; i < 8 * HEADS; i += THREADS) {
-            weights[i] = i < HEADS && head + i < I ? static_cast<float>(w[token * I + head + i]) : 0.0f;
+            weights[i] = i < HEADS && head + i < I ? w[token * I + head + i] * scale[0] : 0.0f;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (int d = 0; d < DEPTH; d += 8) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_blocks, expect_shape, kernel, use_kernel
+from ._dispatch import expect_blocks, expect_shape, kernel, scalar, use_kernel
 from .packed_rows import is_packed, key_bytes, unpack_keys
 from .round_trip import FP4_BLOCK
 
@@ -15,8 +15,8 @@ _WORK_BYTES = 32 << 20
 _SIMDS, _BLOCKS = 4, 8
 
 
-def index_scores(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
-    """score[t, s] = sum over i of w[t, i] * relu(q[t, i] . keys[s]) (spec 6.1).
+def index_scores(q: mx.array, w: mx.array, keys: mx.array, scale: float = 1.0) -> mx.array:
+    """score[t, s] = sum over i of scale * w[t, i] * relu(q[t, i] . keys[s]) (spec 6.1).
 
     Args:
         q: [B, T, I, J], any float type.
@@ -34,10 +34,10 @@ def index_scores(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
     expect_shape("index_scores", "keys", keys, (B, keys.shape[1], key_bytes(J) if packed else J))
     S = keys.shape[1]
     if not use_kernel("index_scores", covers=packed or q.dtype == keys.dtype, limit="queries and keys of one type"):
-        return index_scores_reference(q, w, keys)
+        return index_scores_reference(q, w, keys, scale)
     blocks = min(_BLOCKS, -(-heads // 8))
-    (scores,) = kernel("index_scores", ("q", "w", "keys"), ("scores",), header="decode index_keys")(
-        inputs=[q, w, keys],
+    (scores,) = kernel("index_scores", ("q", "w", "keys", "scale"), ("scores",), header="decode index_keys")(
+        inputs=[q, w, keys, scalar(scale)],
         template=[("I", heads), ("J", J), ("BLOCKS", blocks), ("SIMDS", _SIMDS), ("BYTES", packed * keys.shape[-1])],
         grid=(32 * _SIMDS, -(-S // (16 * _SIMDS)), B * T),
         threadgroup=(32 * _SIMDS, 1, 1),
@@ -47,8 +47,9 @@ def index_scores(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
     return scores
 
 
-def index_scores_reference(q: mx.array, w: mx.array, keys: mx.array) -> mx.array:
+def index_scores_reference(q: mx.array, w: mx.array, keys: mx.array, scale: float = 1.0) -> mx.array:
     B, T, heads, J = q.shape
+    w = w * scale
     q = q.astype(mx.float32).reshape(B, T * heads, J)
     rows = max(1, _WORK_BYTES // (4 * B * T * heads))
     scores = []

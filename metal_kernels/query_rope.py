@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ._dispatch import expect_rotation, kernel, scalar, use_kernel, without_kernel
-from .rms_norm import rms_norm_reference
+from .rms_norm import rms_norm
 from .rope import rope_reference
 
 
@@ -35,4 +35,4 @@ def query_rope(q: mx.array, cos: mx.array, sin: mx.array, eps: float) -> mx.arra
 
 
 def query_rope_reference(q: mx.array, cos: mx.array, sin: mx.array, eps: float) -> mx.array:
-    return rope_reference(rms_norm_reference(q, None, eps), cos, sin)
+    return rope_reference(rms_norm(q, None, eps), cos, sin)

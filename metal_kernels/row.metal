@@ -39,6 +39,19 @@ inline float inverse_rms(const thread float2* row, float eps) {
     return metal::precise::rsqrt(simd_sum(squares) / static_cast<float>(K) + eps);
 }
 
+// row * norm * weight, rounded to Elem
+template <typename Elem, int K, typename Weight>
+inline void weigh_row(thread float2* row, Weight weight, float norm, int lane) {
+    #pragma clang loop unroll(full)
+    for (int i = 0; i < (K + 63) / 64; i++) {
+        const int d = 2 * (i * 32 + lane);
+        if (d < K) {
+            const float2 w = float2(static_cast<float>(weight[d]), static_cast<float>(weight[d + 1]));
+            row[i] = rounded<Elem>(row[i] * norm * w);
+        }
+    }
+}
+
 // (a, b) -> (a cos - b sin, a sin + b cos) for the pairs of the last P values
 template <typename Elem, int K, int P, typename Table>
 inline void rotate_row(thread float2* row, Table cosines, Table sines, int lane) {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import key_row, query_rope, sparse_attention
+from metal_kernels import latents, query_rope, sparse_attention
 
 from .cache import LayerCache
 from .compressor import Compressor, Indexer
 from .config import ModelConfig
-from .linear import Numerics, RMSNorm, grouped_linear, linear
+from .linear import Numerics, RMSNorm, WideLinear, grouped_linear, linear, stacked_linear
 from .rope import Rotations
 
 
@@ -25,16 +25,22 @@ class Attention(nn.Module):
         super().__init__()
         D, H, K = config.hidden_size, config.num_attention_heads, config.head_dim
         self.config, self.ratio = config, ratio
-        self.wq_a = linear(config, D, config.q_lora_rank)
+        # Layers with one input are stacked in one weight, in this order; of `wq_b` and `wcompress` the last rows are
+        # the indexer's, and `wcompress` begins with what the compressor takes.
+        self.wqkv_a = linear(config, D, config.q_lora_rank + K)
         self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.wq_b = linear(config, config.q_lora_rank, H * K)
-        self.wkv = linear(config, D, K)
         self.kv_norm = RMSNorm(K, config.rms_norm_eps)
         self.attn_sink = mx.zeros((H,))
         self.wo_a = linear(config, H * K // config.o_groups, config.o_groups * config.o_lora_rank)
         self.wo_b = linear(config, config.o_groups * config.o_lora_rank, D)
-        self.compressor = Compressor(config, numerics, ratio, K, index=False) if ratio else None
-        self.indexer = Indexer(config, numerics, ratio) if ratio == 4 else None
+        self.compressor = Compressor(config, numerics, ratio, K) if ratio else None
+        self.indexer = Indexer(config, numerics, ratio, self.compressor.end) if ratio == 4 and self.compressor else None
+        self._queries = [H * K]
+        if self.indexer is not None:
+            self._queries.append(self.indexer.heads * self.indexer.width)
+        self.wq_b = linear(config, config.q_lora_rank, sum(self._queries))
+        if self.compressor is not None:
+            self.wcompress = WideLinear(D, (self.indexer or self.compressor).end)
         self._fp8, self._packed = numerics.simulate_cache_quant, numerics.packed_caches
         self._round_input = numerics.round_input
 
@@ -42,19 +48,20 @@ class Attention(nn.Module):
         """[B, T, D] -> [B, T, D]; adds the tokens to the cache."""
         (B, T, _), c = x.shape, self.config
         cos, sin = rotations.tokens(compressed=self.ratio != 0)
-        rounded = self._round_input(x)
-        qr = self.q_norm(self.wq_a(rounded))
-        rounded_qr = self._round_input(qr)
-        q = self.wq_b(rounded_qr).reshape(B, T, c.num_attention_heads, c.head_dim)
-        q = query_rope(q, cos, sin, c.rms_norm_eps)
-        row = key_row(self.wkv(rounded), self.kv_norm.weight, cos, sin, c.rms_norm_eps, self._fp8, self._packed)
-        window = cache.extend_window(row)
+        q, kv = stacked_linear(self.wqkv_a, self._round_input(x), [c.q_lora_rank, c.head_dim])
+        qr, row = latents(
+            q, kv, self.q_norm.weight, self.kv_norm.weight, cos, sin, c.rms_norm_eps, self._fp8, self._packed
+        )
+        q, *index_q = stacked_linear(self.wq_b, self._round_input(qr), self._queries)
+        q = query_rope(q.reshape(B, T, c.num_attention_heads, c.head_dim), cos, sin, c.rms_norm_eps)
 
+        projected = None if self.compressor is None else self.wcompress(x)
+        window, groups = cache.extend(row, projected)
         rows = picks = None
         if self.compressor is not None and cache.attn is not None:
-            rows = self.compressor(x, cache.attn, rotations)
-        if self.indexer is not None and cache.index is not None:
-            picks = self.indexer(x, rounded_qr, cache.index, rotations)
+            rows = self.compressor(groups, cache.attn, rotations)
+        if self.indexer is not None and cache.index is not None and projected is not None:
+            picks = self.indexer(index_q[0], projected, groups, cache.index, rotations)
 
         o = sparse_attention(
             q, window, rows, picks, self.attn_sink, cos, sin,

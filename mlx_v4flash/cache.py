@@ -5,6 +5,8 @@ Rows have K values, or are packed in bytes (see metal_kernels/packed_rows.py): n
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +14,23 @@ from mlx_lm.models.cache import _BaseCache
 
 # Rows added to a buffer when it is full. Memory grows by these blocks, not at every step.
 ROW_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of tokens that are now full, as `metal_kernels.compress` takes them.
+
+    Attributes:
+        tokens: projected tokens, [B, n, width], float32.
+        start: row of the first token of the first group.
+        count: how many groups.
+        before: whether the group before the first is there, too.
+    """
+
+    tokens: mx.array
+    start: int
+    count: int
+    before: bool
 
 
 class Rows:
@@ -29,7 +48,7 @@ class Rows:
             grown = -(-(self.count + S) // ROW_BLOCK) * ROW_BLOCK
             empty = mx.zeros((B, grown - self.count, K), rows.dtype)
             buffer = mx.concatenate([buffer[:, : self.count], empty], axis=1)
-        self.buffer = mx.slice_update(buffer, rows, mx.array([self.count]), (1,))
+        self.buffer = _with_rows(buffer, rows, self.count)
         self.count += S
 
     def all(self) -> mx.array | None:
@@ -45,66 +64,29 @@ class Rows:
         self.buffer, self.count = rows, 0 if rows is None else rows.shape[1]
 
 
-class CompressorCache:
-    """Rows of one compressor, the tokens of its open group, and what the last closed group hands on.
+def _with_rows(buffer: mx.array, rows: mx.array, at: int) -> mx.array:
+    """A buffer with rows [B, S, K] in the place of its rows at ... at + S - 1; in place if no one else holds it.
 
-    Attributes:
-        open_kv, open_gate: projected tokens of the open group, [B, n, width], float32; None when n = 0.
-        last_kv, last_gate: first halves of the last closed group, [B, R, K], float32; None before it, or if
-            groups do not overlap.
+    Assigned to a slice, whose place is then part of the operation: as an array it would be computed on the device.
     """
-
-    LEAVES = ("open_kv", "open_gate", "last_kv", "last_gate")
-
-    def __init__(self, ratio: int) -> None:
-        self.ratio = ratio
-        self.rows = Rows()
-        self.open_kv: mx.array | None = None
-        self.open_gate: mx.array | None = None
-        self.last_kv: mx.array | None = None
-        self.last_gate: mx.array | None = None
-
-    def close_groups(self, kv: mx.array, gate: mx.array) -> tuple[mx.array, mx.array] | None:
-        """Add projected tokens [B, T, width]; hand out the groups that are now full, [B, S, R, width] each."""
-        if self.open_kv is not None and self.open_gate is not None:
-            kv = mx.concatenate([self.open_kv, kv], axis=1)
-            gate = mx.concatenate([self.open_gate, gate], axis=1)
-        B, n, width = kv.shape
-        full = n - n % self.ratio
-        # A copy, not a view: a view would keep the projections of the whole chunk alive.
-        self.open_kv = mx.contiguous(kv[:, full:]) if full < n else None
-        self.open_gate = mx.contiguous(gate[:, full:]) if full < n else None
-        if not full:
-            return None
-        shape = (B, full // self.ratio, self.ratio, width)
-        return kv[:, :full].reshape(shape), gate[:, :full].reshape(shape)
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        return (self.ratio, self.rows.state, *(getattr(self, name) for name in self.LEAVES))
-
-    @state.setter
-    def state(self, state: tuple[Any, ...]) -> None:
-        self.__init__(state[0])  # type: ignore[misc]
-        self.rows.state = state[1]
-        for name, leaf in zip(self.LEAVES, state[2:], strict=True):
-            setattr(self, name, leaf)
-
-    def leaves(self) -> list[mx.array]:
-        found = [self.rows.buffer, *(getattr(self, name) for name in self.LEAVES)]
-        return [leaf for leaf in found if leaf is not None]
+    changed = copy(buffer)
+    changed[:, at : at + rows.shape[1]] = rows
+    return changed
 
 
 class LayerCache(_BaseCache):
     """State of one layer, usable with mlx-lm's generation and its prompt-cache files.
 
     Args:
-        window_size: W, rows of the ring.
-        ratio: tokens per compressed row; 0 for a layer without a compressor.
+        window_size: W, rows of the window's ring.
+        ratio: R, tokens per compressed row; 0 for a layer without a compressor.
 
     Attributes:
         position: tokens seen so far.
         window: ring of the last W rows, [B, W, K]; the row of position p is at p % W. None at first.
+        recent: ring of projected tokens, [B, n, width], float32: of the open group and, where groups overlap
+            (R = 4, n = 2R, else n = R), of the one before. The token of position p is at p % n. None at first.
+        attn, index: compressed rows to attend, and their index keys; None where there are none.
     """
 
     def __init__(self, window_size: int, ratio: int) -> None:
@@ -115,34 +97,54 @@ class LayerCache(_BaseCache):
         """Forget everything."""
         self.position = 0
         self.window: mx.array | None = None
-        self.attn = CompressorCache(self.ratio) if self.ratio else None
-        self.index = CompressorCache(self.ratio) if self.ratio == 4 else None
+        self.recent: mx.array | None = None
+        self.attn = Rows() if self.ratio else None
+        self.index = Rows() if self.ratio == 4 else None
 
-    def extend_window(self, rows: mx.array) -> mx.array:
-        """Add the rows of T tokens, [B, T, K], and return those their queries may see.
+    def extend(self, rows: mx.array, projected: mx.array | None = None) -> tuple[mx.array, Groups | None]:
+        """Add T tokens.
+
+        Args:
+            rows: of the window, [B, T, K].
+            projected: what the compressors take of the tokens, [B, T, width], float32; None without a compressor.
 
         Returns:
-            The new rows after up to W - 1 older ones, in order of position; of a single token the ring as it is,
-            whose order does not matter (at most W rows, [B, S, K]).
+            The rows of the window that the tokens may see, and the groups that are now full, if any.
+        """
+        groups = None if projected is None else self._extend_recent(projected)
+        window = self._extend_window(rows)
+        self.position += rows.shape[1]
+        return window, groups
+
+    def _extend_window(self, rows: mx.array) -> mx.array:
+        """The new rows after up to W - 1 older ones, in order of position; of a single token the ring as it is,
+        whose order does not matter (at most W rows, [B, S, K]).
         """
         B, T, K = rows.shape
         W, start = self.window_size, self.position
-        self.position += T
         if self.window is None:
             self.window = mx.zeros((B, W, K), rows.dtype)
         if T == 1:
-            self.window = mx.slice_update(self.window, rows, mx.array([start % W]), (1,))
+            self.window = _with_rows(self.window, rows, start % W)
             return self.window[:, : min(start + 1, W)]
-        ordered = mx.roll(self.window, -(start % W), 1)[:, W - min(start, W - 1) :] if start else rows[:, :0]
-        seen = mx.concatenate([ordered, rows], axis=1) if start else rows
-        last = seen[:, -W:]
-        missing = W - last.shape[1]
-        if missing:
-            last = mx.concatenate([last, mx.zeros((B, missing, K), rows.dtype)], axis=1)
-            self.window = last  # fewer than W tokens in all: row p is at p already
-        else:
-            self.window = mx.roll(last, self.position % W, 1)
+        seen = mx.concatenate([_last(self.window, start, min(start, W - 1)), rows], axis=1) if start else rows
+        self.window = _ring(seen, W, start + T)
         return seen
+
+    def _extend_recent(self, projected: mx.array) -> Groups | None:
+        B, T, width = projected.shape
+        R, n, start = self.ratio, (2 if self.ratio == 4 else 1) * self.ratio, self.position
+        if self.recent is None:
+            self.recent = mx.zeros((B, n, width), projected.dtype)
+        open_tokens, before = start % R, n > R and start >= R
+        count = (open_tokens + T) // R
+        if T == 1:
+            self.recent = _with_rows(self.recent, projected, start % n)
+            return Groups(self.recent, (start + 1 - R) % n, 1, before) if count else None
+        kept = open_tokens + R * before
+        tokens = mx.concatenate([_last(self.recent, start, kept), projected], axis=1) if kept else projected
+        self.recent = _ring(tokens, n, start + T)
+        return Groups(tokens, R * before, count, before) if count else None
 
     def copy(self) -> LayerCache:
         """An independent cache with the same contents; the bytes are shared until one of them changes."""
@@ -150,22 +152,22 @@ class LayerCache(_BaseCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        parts = [None if c is None else c.state for c in (self.attn, self.index)]
-        return (self.position, self.window_size, self.ratio, self.window, *parts)
+        parts = [None if rows is None else rows.state for rows in (self.attn, self.index)]
+        return (self.position, self.window_size, self.ratio, self.window, self.recent, *parts)
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        position, window_size, ratio, window, attn, index = state
+        position, window_size, ratio, window, recent, attn, index = state
         self.__init__(window_size, ratio)  # type: ignore[misc]
-        self.position, self.window = position, window
-        for cache, part in ((self.attn, attn), (self.index, index)):
-            if cache is not None:
-                cache.state = part
+        self.position, self.window, self.recent = position, window, recent
+        for rows, part in ((self.attn, attn), (self.index, index)):
+            if rows is not None:
+                rows.state = part
 
     def leaves(self) -> list[mx.array]:
         """Every array the cache holds."""
-        parts = [c.leaves() for c in (self.attn, self.index) if c is not None]
-        return sum(parts, [] if self.window is None else [self.window])
+        buffers = [rows.buffer for rows in (self.attn, self.index) if rows is not None]
+        return [leaf for leaf in (self.window, self.recent, *buffers) if leaf is not None]
 
     @property
     def nbytes(self) -> int:
@@ -176,3 +178,20 @@ class LayerCache(_BaseCache):
 
     def empty(self) -> bool:
         return self.position == 0
+
+
+def _last(ring: mx.array, position: int, count: int) -> mx.array:
+    """The last `count` rows before `position` of a ring, in order."""
+    size = ring.shape[1]
+    return mx.roll(ring, -(position % size), 1)[:, size - count :]
+
+
+def _ring(rows: mx.array, size: int, end: int) -> mx.array:
+    """A ring of the last `size` rows, of which the last one is that of position end - 1."""
+    last = rows[:, -size:]
+    missing = size - last.shape[1]
+    if missing:
+        B, _, K = rows.shape
+        last = mx.concatenate([mx.zeros((B, missing, K), rows.dtype), last], axis=1)
+    # A copy, not a view: a view would keep the rows of the whole chunk alive.
+    return mx.contiguous(mx.roll(last, end % size, 1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import ExpertWeights, fp8_round_trip, project_f32, quantized_product, rms_norm
+from metal_kernels import ExpertWeights, fp8_round_trip, project_f32, quantized_product
 
 from .config import ModelConfig
 
@@ -87,16 +88,31 @@ def grouped_linear(layer: Linear, x: mx.array) -> mx.array:
     return y.swapaxes(0, 1).reshape(B, T, -1)
 
 
+def stacked_linear(layer: Linear, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
+    """Products with layers whose weights are stacked in one: [..., D] -> [..., size] for each size.
+
+    One product for a single token, where launches count. For more it is one for each part, so that no result has to
+    be copied out of the others.
+    """
+    ends = list(accumulate(sizes))
+    if x.size == x.shape[-1]:
+        return mx.split(layer(x), ends[:-1], axis=-1)
+    return [_part(layer, x, slice(*rows)) for rows in pairwise([0, *ends])]
+
+
+def _part(layer: Linear, x: mx.array, rows: slice) -> mx.array:
+    if isinstance(layer, QuantizedLinear):
+        return quantized_product(x, layer.weight[rows], layer.scales[rows], layer.mode)
+    return x @ layer.weight[rows].T
+
+
 class RMSNorm(nn.Module):
-    """Norm with weight [D]; float32 inside."""
+    """Weight [D] and eps of a norm, which is part of the op that needs it."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = mx.ones((width,))
         self.eps = eps
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class WideLinear(nn.Module):

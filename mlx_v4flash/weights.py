@@ -54,9 +54,16 @@ def load_weights(model: Model, checkpoint: Checkpoint, progress: Progress | None
 
 
 def parameter_path(name: str) -> str:
-    """Path in the model of an official tensor name; the number of an expert is dropped, as experts are stacked."""
+    """Path in the model of an official tensor name.
+
+    Some tensors share a path: experts, whose number is dropped, are stacked along a new axis; layers of attention with
+    the same input row after row, in the order of the names in a checkpoint.
+    """
     name = re.sub(r"hc_(attn|ffn|head)_(fn|base|scale)$", r"hc_\1.\2", name)
     name = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+    name = re.sub(r"\.attn\.(wq_a|wkv)\.", ".attn.wqkv_a.", name)
+    name = re.sub(r"\.attn\.indexer\.wq_b\.", ".attn.wq_b.", name)
+    name = re.sub(r"\.attn\.(indexer\.)?(compressor\.)?(wkv|wgate|weights_proj)\.", ".attn.wcompress.", name)
     return re.sub(r"\.(w\w+)\.scale$", r".\1.scales", name)
 
 
@@ -90,36 +97,49 @@ def _expert_slice(checkpoint: Checkpoint, name: str) -> StoredTensor:
 
 
 def _parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, readers: ThreadPoolExecutor) -> mx.array:
-    stacked = ".ffn.experts." in path
+    experts = ".ffn.experts." in path
     if path.endswith(".scales"):
-        if stacked and checkpoint.config.expert_dtype == "fp4":
-            return _read_stack(tensors, mx.uint8, readers, check_scales=True)
+        if experts and checkpoint.config.expert_dtype == "fp4":
+            return _read(tensors, True, mx.uint8, readers, check_scales=True)
         parts = [_block_scales(tensor, checkpoint) for tensor in tensors]
-        return mx.array(np.stack(parts) if stacked else parts[0])
+        return mx.array(np.stack(parts) if experts else np.concatenate(parts))
     if path.endswith("tid2eid"):
         return mx.array(_expert_table(tensors[0], checkpoint.config.n_routed_experts))
+    if len({tensor.dtype for tensor in tensors}) > 1:  # bfloat16 beside float32, which holds both
+        wide = [_parameter(path, [tensor], checkpoint, readers).astype(mx.float32) for tensor in tensors]
+        return mx.concatenate(wide)
     dtype = _HELD[tensors[0].dtype]
-    array = _read_stack(tensors, dtype, readers)
-    array = array if stacked else array[0]
+    array = _read(tensors, experts, dtype, readers)
     return array.view(mx.bfloat16) if dtype == mx.uint16 else array
 
 
-def _read_stack(
-    tensors: list[StoredTensor], dtype: mx.Dtype, readers: ThreadPoolExecutor, check_scales: bool = False
+def _read(
+    tensors: list[StoredTensor], stacked: bool, dtype: mx.Dtype, readers: ThreadPoolExecutor, check_scales: bool = False
 ) -> mx.array:
-    """Tensors of one shape, [len, *shape], read into memory that MLX owns; words hold four stored bytes."""
-    width = 4 if dtype == mx.uint32 else 1
-    shape = tensors[0].shape
-    array = mx.zeros((len(tensors), *shape[:-1], shape[-1] // width), dtype)
+    """Tensors read into memory that MLX owns: stacked to [len, *shape], or row after row; words hold four bytes."""
+    *rows, columns = tensors[0].shape
+    if stacked:
+        rows = [len(tensors), *rows]
+    elif rows:
+        rows[0] = sum(tensor.shape[0] for tensor in tensors)
+    array = mx.zeros((*rows, columns // (4 if dtype == mx.uint32 else 1)), dtype)
     mx.eval(array)
     # On CUDA a view would move the array to managed memory for good; there the bytes take one copy more.
     host = np.array(array, copy=mx.cuda.is_available())
     assert host.flags.c_contiguous and host.flags.writeable
-    list(readers.map(read_into, tensors, host))
+    parts = list(host) if stacked else _split_rows(host, tensors)
+    list(readers.map(read_into, tensors, parts))
     if check_scales:
-        for tensor, part in zip(tensors, host, strict=True):
+        for tensor, part in zip(tensors, parts, strict=True):
             scale_bytes(part, tensor.name)
     return mx.array(host) if mx.cuda.is_available() else array
+
+
+def _split_rows(host: np.ndarray, tensors: list[StoredTensor]) -> list[np.ndarray]:
+    if len(tensors) == 1:
+        return [host]
+    ends = np.cumsum([tensor.shape[0] for tensor in tensors])
+    return np.split(host, ends[:-1])
 
 
 def _block_scales(tensor: StoredTensor, checkpoint: Checkpoint) -> np.ndarray:

@@ -129,9 +129,9 @@ COMPRESSION = [
     wrong("5", "slots counted from the start of the call", COMPRESSOR, "rotations.position % self.ratio)", "0)"),
     wrong("5", "one softmax for all channels", POOL, "mx.softmax(gate, axis=2)",
           "mx.softmax(gate.mean(axis=3, keepdims=True), axis=2)"),
-    wrong("5", "rotated before the norm", POOL, "rope_reference(rms_norm_reference(pooled, weight, eps), cos, sin)",
-          "rms_norm_reference(rope_reference(pooled, cos, sin), weight, eps)"),
-    wrong("5", "no norm of compressed rows", POOL, "rms_norm_reference(pooled, weight, eps)", "pooled"),
+    wrong("5", "rotated before the norm", POOL, "rope_reference(rms_norm(pooled, weight, eps), cos, sin)",
+          "rms_norm(rope_reference(pooled, cos, sin), weight, eps)"),
+    wrong("5", "no norm of compressed rows", POOL, "rms_norm(pooled, weight, eps)", "pooled"),
     wrong("5", "open group forgets its oldest token", CACHE, "kv = mx.concatenate([self.open_kv, kv], axis=1)",
           "kv = mx.concatenate([mx.roll(self.open_kv, 1, 1), kv], axis=1)"),
 ]  # fmt: skip
@@ -164,11 +164,11 @@ VISIBILITY = [
 ]  # fmt: skip
 
 QUERIES = [
-    wrong("7", "no norm per head", QUERY, "rms_norm_reference(q, None, eps)", "q"),
-    wrong("7", "one norm over all heads", QUERY, "rms_norm_reference(q, None, eps)",
-          "rms_norm_reference(q.flatten(-2), None, eps).reshape(q.shape)"),
+    wrong("7", "no norm per head", QUERY, "rms_norm(q, None, eps)", "q"),
+    wrong("7", "one norm over all heads", QUERY, "rms_norm(q, None, eps)",
+          "rms_norm(q.flatten(-2), None, eps).reshape(q.shape)"),
     wrong("7", "no norm of the latent", ATTENTION, "self.q_norm(self.wq_a(rounded))", "self.wq_a(rounded)"),
-    wrong("7", "no norm of the key", KEY_ROW, "rms_norm_reference(kv, weight, eps)", "kv"),
+    wrong("7", "no norm of the key", KEY_ROW, "rms_norm(kv, weight, eps)", "kv"),
     wrong("7", "norms times 1 + w", NORM, "weight.astype(mx.float32)\n", "1 + weight.astype(mx.float32)\n"),
 ]  # fmt: skip
 
