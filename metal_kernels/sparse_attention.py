@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ._dispatch import KernelError, expect_rotation, expect_shape, kernel, scalar, use_kernel
+from .attention_prefill import attention_prefill, use_prefill
 from .rope import rope_reference
 
 # Bytes of gathered rows and scores held at a time.
@@ -61,6 +62,8 @@ def sparse_attention(
         )
     count = 0 if rows is None else rows.shape[1] if picks is None else picks.shape[-1]
     sizes = mx.array([position, ratio, window_size, count], mx.int32)
+    if use_prefill(q):
+        return attention_prefill(q, window, rows, picks, sink, cos, sin, sizes)
     keys = min(window.shape[1], window_size) + (count if picks is not None else min(count, (position + T) // ratio))
     return _launch(q, window, rows, picks, sink, cos, sin, sizes, keys)
 
