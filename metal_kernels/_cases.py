@@ -33,7 +33,8 @@ class Case:
     Attributes:
         rounds: the result lies on a coarse grid (FP8, FP4), where a last-bit difference may become a whole step.
         exact: the result is a choice, and must be the same.
-        real: the sizes are those of a decode step of V4-Flash; the others are odd.
+        real: the sizes are those of V4-Flash, of a decode step or, in prefill, a chunk; the others are odd.
+        large: too much to be emulated.
     """
 
     op: str
@@ -42,6 +43,7 @@ class Case:
     rounds: bool = False
     exact: bool = False
     real: bool = True
+    large: bool = False
 
 
 def cases() -> Iterator[Case]:
@@ -52,6 +54,7 @@ def cases() -> Iterator[Case]:
             yield from _rows(real, dtype)
             yield from _index(real, dtype)
             yield from _attention(real, dtype)
+            yield from _attention_prefill(real, dtype)
             yield from _experts(real, dtype)
 
 
@@ -131,6 +134,17 @@ def _index(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
 
 def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     T, H, K, S, k = (1, 64, 512, 2048, 512) if real else (3, 5, 70, 130, 37)
+    return _attend("sparse_attention", T, H, K, S, k, real, dtype)
+
+
+def _attention_prefill(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    T, H, K, S, k = (256, 64, 512, 2048, 512) if real else (35, 5, 70, 130, 37)
+    return _attend("attention_prefill", T, H, K, S, k, real, dtype, large=real)
+
+
+def _attend(
+    op: str, T: int, H: int, K: int, S: int, k: int, real: bool, dtype: mx.Dtype, large: bool = False
+) -> Iterator[Case]:
     label, (cos, sin) = _label(real, dtype), _rotation(T, 32)
     q, sink = _normal(1, T, H, K, dtype=dtype), _normal(H)
     window, rows = _normal(1, 127 + T, K, dtype=dtype), _normal(1, S, K, dtype=dtype)
@@ -141,9 +155,8 @@ def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
             q, window, rows, picks, sink, cos, sin, position=4 * S, ratio=4, window_size=128
         )  # fmt: skip
 
-    yield Case("sparse_attention", f"{label}, window", lambda: attend(None, None), real=real)
-    yield Case("sparse_attention", f"{label}, all rows", lambda: attend(rows, None), real=real)
-    yield Case("sparse_attention", f"{label}, picked rows", lambda: attend(rows, picks), real=real)
+    for keys, arrays in (("window", (None, None)), ("all rows", (rows, None)), ("picked rows", (rows, picks))):
+        yield Case(op, f"{label}, {keys}", lambda arrays=arrays: attend(*arrays), real=real, large=large)  # type: ignore[misc]
 
 
 def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:

@@ -56,13 +56,14 @@ def sparse_attention(
     if not T <= window.shape[1]:
         raise KernelError(f"sparse_attention: window: expected at least {T} rows, found {window.shape[1]}")
     covers = K % 2 == 0 and all(a is None or a.dtype == q.dtype for a in (window, rows))
-    if not use_kernel("sparse_attention", covers=covers, limit="an even head width, and rows in the type of q"):
+    prefill, limit = covers and use_prefill(q), "an even head width, and rows in the type of q"
+    if not (prefill or use_kernel("sparse_attention", covers=covers, limit=limit)):
         return sparse_attention_reference(
             q, window, rows, picks, sink, cos, sin, position=position, ratio=ratio, window_size=window_size
         )
     count = 0 if rows is None else rows.shape[1] if picks is None else picks.shape[-1]
     sizes = mx.array([position, ratio, window_size, count], mx.int32)
-    if use_prefill(q):
+    if prefill:
         return attention_prefill(q, window, rows, picks, sink, cos, sin, sizes)
     keys = min(window.shape[1], window_size) + (count if picks is not None else min(count, (position + T) // ratio))
     return _launch(q, window, rows, picks, sink, cos, sin, sizes, keys)

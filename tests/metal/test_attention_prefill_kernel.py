@@ -89,6 +89,7 @@ def test_each_kernel_is_approved_on_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     with kernels("auto"):
         for approved, expected in (
             ({"sparse_attention", "attention_prefill"}, {"attention_prefill"}),
+            ({"attention_prefill"}, {"attention_prefill"}),
             ({"sparse_attention"}, {"sparse_attention"}),
             (set(), set()),
         ):
