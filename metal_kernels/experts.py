@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape, kernel, scalar, use_kernel
+from ._dispatch import expect_shape, kernel, scalar, use_expert_prefill, use_kernel
+from .expert_prefill import down_prefill, gate_up_prefill
 from .quantized_product import BITS, GROUP_SIZE, summed_in_float32
 
 # The kernels read an expert once for each of its pairs, which pays for few of them; MLX's products are for more.
@@ -14,6 +15,7 @@ MAX_PAIRS = 96
 # A simdgroup of the sum over experts takes one of them.
 MAX_CHOSEN = 16
 _LIMIT = f"up to {MAX_PAIRS} pairs and {MAX_CHOSEN} experts per token of quantised weights, of at least 8 words"
+_TILED = "quantised weights of one format, of at least 8 words"
 # Rows that a simdgroup takes of each matrix, and the simdgroups of a threadgroup.
 _GATE_UP_ROWS, _DOWN_ROWS, _SIMDGROUPS = 2, 4, 4
 
@@ -41,8 +43,12 @@ class ExpertWeights:
 
     def covered(self, pairs: int, columns: int) -> bool:
         """Whether the kernels are made for so many pairs and these weights."""
+        return self.tiled(pairs, columns) and pairs <= MAX_PAIRS
+
+    def tiled(self, pairs: int, columns: int) -> bool:
+        """Whether the kernels for sorted pairs are made for these weights."""
         packed = self.scales is not None and columns % GROUP_SIZE == 0 and self.weight.size >= 8
-        return packed and 1 <= pairs <= MAX_PAIRS
+        return packed and pairs >= 1
 
 
 def expert_gate_up(
@@ -64,6 +70,10 @@ def expert_gate_up(
     for name, matrix in (("w1", w1), ("w3", w3)):
         matrix.expect("expert_gate_up", name, w1.weight.shape[:2], x.shape[-1])
     P, D, F = expert.size, x.shape[-1], w1.weight.shape[1]
+    if sorted_experts and use_expert_prefill(
+        "expert_gate_up_prefill", covers=w1.tiled(P, D) and w3.tiled(P, D) and w1.mode == w3.mode, limit=_TILED
+    ):
+        return gate_up_prefill(x, w1, w3, token, expert, weight, limit)
     covers = w1.covered(P, D) and w3.covered(P, D) and w1.mode == w3.mode
     if not use_kernel("expert_gate_up", covers=covers, limit=_LIMIT):
         return expert_gate_up_reference(x, w1, w3, token, expert, weight, limit, sorted_experts)
@@ -106,6 +116,8 @@ def expert_down(h: mx.array, w2: ExpertWeights, expert: mx.array, sorted_experts
     expect_shape("expert_down", "expert", expert, h.shape[:1])
     w2.expect("expert_down", "w2", w2.weight.shape[:2], h.shape[-1])
     (P, F), D = h.shape, w2.weight.shape[1]
+    if sorted_experts and use_expert_prefill("expert_down_prefill", covers=w2.tiled(P, F), limit=_TILED):
+        return down_prefill(h, w2, expert)
     if not use_kernel("expert_down", covers=w2.covered(P, F), limit=_LIMIT):
         return expert_down_reference(h, w2, expert, sorted_experts)
     (y,) = kernel("expert_down", ("h", "w2", "s2", "expert"), ("y",), header="decode")(
