@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ._dispatch import expert_prefill
 from .compress import compress
 from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up
 from .index_query import index_query
@@ -56,6 +57,7 @@ def cases() -> Iterator[Case]:
             yield from _attention(real, dtype)
             yield from _attention_prefill(real, dtype)
             yield from _experts(real, dtype)
+            yield from _experts_prefill(real, dtype)
 
 
 def ops() -> list[str]:
@@ -171,6 +173,25 @@ def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     yield Case("expert_down_sum", label, lambda: expert_down_sum(h[None], w2, expert[None]), real=real)
     head = _normal(16384 if real else 67, D, dtype=mx.bfloat16)
     yield Case("project_f32", label, lambda: project_f32(x, head), real=real)
+
+
+def _experts_prefill(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    E, T, P, D, F = (16, 512, 3072, 4096, 2048) if real else (5, 7, 53, 96, 67)
+    label, x, h = _label(real, dtype), _normal(T, D, dtype=dtype), _normal(P, F if real else 64, dtype=dtype)
+    w1, w3, w2 = _packed(E, F, D), _packed(E, F, D), _packed(E, D, h.shape[-1])
+    token, weight = mx.arange(P) % T, mx.abs(_normal(P))
+    expert = mx.sort(mx.random.randint(0, E, (P,), mx.int32, key=mx.random.key(P)))
+
+    def gate_up() -> mx.array:
+        with expert_prefill("metal"):
+            return expert_gate_up(x, w1, w3, token, expert, weight, 10.0, True)
+
+    def down() -> mx.array:
+        with expert_prefill("metal"):
+            return expert_down(h, w2, expert, True)
+
+    yield Case("expert_gate_up_prefill", label, gate_up, real=real, large=real)
+    yield Case("expert_down_prefill", label, down, real=real, large=real)
 
 
 def _packed(E: int, rows: int, columns: int) -> ExpertWeights:

@@ -14,14 +14,13 @@
 constexpr int SLICES = 4;
 constexpr int PARTS = (K + 63) / 64 * 2;  // matrices beside each other in a slice
 constexpr int STRIDE = SLICES * PARTS * 8 + 16 / sizeof(Elem);  // of keys: 8 of them start in different banks
-constexpr int WIDE = TILE / 8;
 const int lane = thread_index_in_simdgroup;
 const int simd = simdgroup_index_in_threadgroup;
 const int block = simd / SLICES * 2;  // of 8 heads
 const int column = simd % SLICES * PARTS * 8 + matrix_column(lane);
 
 threadgroup vec<Elem, 2> tile[TILE * STRIDE / 2];
-threadgroup float2 parts[SLICES][SIMDS / SLICES * 2][WIDE][32];
+threadgroup float2 parts[SLICES][SIMDS / SLICES * 2][TILE / 8][32];
 const threadgroup Elem* keys = reinterpret_cast<const threadgroup Elem*>(tile) + simd % SLICES * PARTS * 8;
 
 const size_t token = threadgroup_position_in_grid.z;
@@ -76,8 +75,9 @@ for (int start = 0; start < count; start += TILE) {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int j = 0; j < WIDE; j++) {
-        simdgroup_float8x8 dots[2] = {simdgroup_float8x8(0.0f), simdgroup_float8x8(0.0f)};
+    for (int j = 0; j < TILE / 8; j++) {
+        simdgroup_float8x8 dots[2];
+        dots[0] = dots[1] = make_filled_simdgroup_matrix<float, 8>(0.0f);
         #pragma clang loop unroll(full)
         for (int i = 0; i < PARTS; i++) {
             simdgroup_matrix<Elem, 8, 8> key;
@@ -90,13 +90,13 @@ for (int start = 0; start < count; start += TILE) {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    simdgroup_matrix<Elem, 8, 8> shares[2][WIDE];
+    simdgroup_matrix<Elem, 8, 8> shares[2][TILE / 8];
     #pragma clang loop unroll(full)
     for (int b = 0; b < 2; b++) {
-        float2 logits[WIDE];
+        float2 logits[TILE / 8];
         const float before = largest[b];
         #pragma clang loop unroll(full)
-        for (int j = 0; j < WIDE; j++) {
+        for (int j = 0; j < TILE / 8; j++) {
             float2 dot = float2(0.0f);
             for (int s = 0; s < SLICES; s++) {
                 dot += parts[s][block + b][j][lane];
@@ -110,7 +110,7 @@ for (int start = 0; start < count; start += TILE) {
         const float kept = metal::precise::exp(before - largest[b]);
         total[b] *= kept;
         #pragma clang loop unroll(full)
-        for (int j = 0; j < WIDE; j++) {
+        for (int j = 0; j < TILE / 8; j++) {
             const float x = metal::precise::exp(logits[j].x - largest[b]);
             const float y = metal::precise::exp(logits[j].y - largest[b]);
             total[b] += x + y;
@@ -121,7 +121,8 @@ for (int start = 0; start < count; start += TILE) {
             pair_of(sums[b][i]) *= kept;
         }
     }
-    for (int j = 0; j < WIDE; j++) {
+    #pragma clang loop unroll(full)
+    for (int j = 0; j < TILE / 8; j++) {
         #pragma clang loop unroll(full)
         for (int i = 0; i < PARTS; i++) {
             simdgroup_matrix<Elem, 8, 8> value;

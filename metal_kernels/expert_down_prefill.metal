@@ -22,7 +22,7 @@ const size_t row = static_cast<size_t>(found.x) * D + metal::min(first + me / 2,
 simdgroup_float8x8 sums[8];
 #pragma clang loop unroll(full)
 for (int i = 0; i < 8; i++) {
-    sums[i] = simdgroup_float8x8(0.0f);
+    sums[i] = make_filled_simdgroup_matrix<float, 8>(0.0f);
 }
 for (int start = 0; start < (found.z > 0 ? F : 0); start += TILE_COLUMNS) {
     const int block = start / 32 + me % 2;
