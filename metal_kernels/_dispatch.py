@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -18,6 +18,7 @@ PREFILL_SETTINGS = ("mlx", "metal")
 PREFILL_VARIABLE = "MLX_V4FLASH_EXPERT_PREFILL"
 
 Kernel = Callable[..., list[mx.array]]
+Result = TypeVar("Result")
 
 # What makes a kernel from its text. Tests put an emulator here, which runs the same text on the CPU.
 kernel_factory: Callable[..., Any] = mx.fast.metal_kernel
@@ -67,8 +68,8 @@ def kernels(choice: str) -> Iterator[None]:
 
     Args:
         choice: "auto" runs the kernels approved on this machine where they cover the shapes, and stock MLX ops
-            elsewhere; "metal" every kernel, and raises where one does not cover its shapes; "stock" and
-            "reference" none.
+            elsewhere; "metal" every kernel, and raises where one does not cover its shapes; "stock" none, and compiles
+            what it runs in their place; "reference" none.
 
     Raises:
         KernelError: another choice.
@@ -127,6 +128,31 @@ def use_kernel(op: str, *, covers: bool = True, limit: str = "") -> bool:
     return True
 
 
+def without_kernel(reference: Callable[..., Result], *args: Any) -> Result:
+    """An op by plain MLX operations, as `reference` writes them.
+
+    Where stock MLX is chosen, and by default on a Metal device, they are compiled first: neighbouring operations on
+    elements then run as one. Not for ops whose shapes change from step to step, as each would be compiled anew.
+
+    Args:
+        args: arrays, and values that can be hashed.
+    """
+    if setting() != "stock" and not (setting() == "auto" and _on_metal()):
+        return reference(*args)
+    constants = tuple(None if isinstance(arg, mx.array) else (arg,) for arg in args)
+    compiled: Callable[..., Result] = _compiled(reference, constants)
+    return compiled(*(arg for arg in args if isinstance(arg, mx.array)))
+
+
+@cache
+def _compiled(reference: Callable[..., Any], constants: tuple[tuple[Any] | None, ...]) -> Callable[..., Any]:
+    def call(*arrays: mx.array) -> Any:
+        given = iter(arrays)
+        return reference(*(next(given) if constant is None else constant[0] for constant in constants))
+
+    return mx.compile(call)
+
+
 def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], header: str = "") -> Kernel:
     """The kernel whose body is `<name>.metal`; made at its first use.
 
@@ -169,7 +195,11 @@ def active() -> str:
 
 def _has_device() -> bool:
     emulated = kernel_factory is not mx.fast.metal_kernel
-    return emulated or (mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu)
+    return emulated or _on_metal()
+
+
+def _on_metal() -> bool:
+    return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
 
 
 def _checked(choice: str, where: str, known: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_blocks, expect_rotation, kernel, use_kernel
+from ._dispatch import expect_blocks, expect_rotation, kernel, use_kernel, without_kernel
 from .rope import rope_reference
 from .round_trip import FP4_BLOCK, hadamard_fp4
 
@@ -27,7 +27,7 @@ def index_query(q: mx.array, cos: mx.array, sin: mx.array, fp4: bool) -> mx.arra
     covers = J.bit_count() == 1 if fp4 else J % 2 == 0
     limit = f"a number of dimensions that is {'a power of two' if fp4 else 'even'}"
     if not use_kernel("index_query", covers=covers, limit=limit):
-        return index_query_reference(q, cos, sin, fp4)
+        return without_kernel(index_query_reference, q, cos, sin, fp4)
     (out,) = kernel("index_query", ("q", "cosines", "sines"), ("out",), header="row rounding hadamard")(
         inputs=[q, cos, sin],
         template=[("Elem", q.dtype), ("H", q.shape[2]), ("K", J), ("P", 2 * cos.shape[-1]), ("FP4", fp4)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_rotation, kernel, scalar, use_kernel
+from ._dispatch import expect_rotation, kernel, scalar, use_kernel, without_kernel
 from .rms_norm import rms_norm_reference
 from .rope import rope_reference
 
@@ -22,7 +22,7 @@ def query_rope(q: mx.array, cos: mx.array, sin: mx.array, eps: float) -> mx.arra
     expect_rotation("query_rope", cos, sin, q.shape[1], q.shape[-1])
     K = q.shape[-1]
     if not use_kernel("query_rope", covers=K % 2 == 0, limit="an even number of dimensions"):
-        return query_rope_reference(q, cos, sin, eps)
+        return without_kernel(query_rope_reference, q, cos, sin, eps)
     (out,) = kernel("query_rope", ("q", "cosines", "sines", "eps"), ("out",), header="row")(
         inputs=[q, cos, sin, scalar(eps)],
         template=[("Elem", q.dtype), ("H", q.shape[2]), ("K", K), ("P", 2 * cos.shape[-1])],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from metal_kernels import KernelError, _dispatch, active, kernels, stream_collapse
+from metal_kernels import KernelError, _dispatch, active, kernels, query_rope, stream_collapse
 
 
 @pytest.fixture
@@ -58,6 +59,25 @@ def test_metal_demands_the_kernel(device: list[str]) -> None:
         with pytest.raises(KernelError, match="route: the kernel covers 256 experts\nhint: use the setting auto"):
             _dispatch.use_kernel("route", covers=False, limit="256 experts")
     assert device == ["stream_collapse"]
+
+
+def primitives(y: mx.array) -> int:
+    graph = io.StringIO()
+    mx.export_to_dot(graph, y)
+    return graph.getvalue().count("shape=rectangle")
+
+
+def test_stock_is_the_reference_compiled() -> None:
+    """Fewer operations, the same bits, whatever the constants."""
+    q, cos, sin = mx.random.normal((2, 3, 5, 16)), mx.random.normal((3, 4)), mx.random.normal((3, 4))
+    mx.eval(q, cos, sin)
+    for eps in (1e-6, 0.5):
+        with kernels("reference"):
+            want = query_rope(q, cos, sin, eps)
+        with kernels("stock"):
+            found = query_rope(q, cos, sin, eps)
+        assert 0 < primitives(found) < 0.8 * primitives(want)
+        assert mx.array_equal(found, want)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")

@@ -131,7 +131,8 @@ def test_size_of_the_model(T: int, position: int, top: int, monkeypatch: pytest.
         assert np.linalg.norm(wide(values) - exact) <= 1.1 * np.linalg.norm(reference - exact)
 
 
-def test_size_of_the_model_in_float32() -> None:
+def test_size_of_the_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, _TILE_ROWS=16)
     c = case(1, 1, 140, "all", H=64, K=512, P=64, W=128)
     with emulate(repeat=False) as session:
         expect_match(c.found(), c.reference(), mx.float32)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from lint import pointers_without_space
+
+from metal_kernels import KernelError, _dispatch
+from metal_kernels._cases import cases
 
 TEXTS = sorted((Path(__file__).parents[2] / "metal_kernels").rglob("*.metal"))
 
@@ -39,3 +44,16 @@ def test_pointers_have_an_address_space(path: Path) -> None:
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
 def test_size(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.usefixtures("emulated")
+def test_every_text_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases that decide on a user's machine which kernels are used leave none out."""
+    read, source = set(), _dispatch.source
+    monkeypatch.setattr(_dispatch, "source", lambda name: read.add(name) or source(name))
+    _dispatch._made.cache_clear()
+    for case in cases():
+        if not case.real:
+            with contextlib.suppress(KernelError):  # not made for these sizes
+                mx.eval(case.call())
+    assert read == {path.stem for path in TEXTS}
