@@ -8,8 +8,8 @@
 // and of the keys, which are also the values. The four parts of a logit meet in threadgroup memory; each of the four
 // simdgroups then takes the same softmax for itself, which saves a barrier.
 //
-// The softmax is taken as the keys come, and rounded, as in sparse_attention.metal; only the order of sums differs. A
-// row is read only if the query may see it, and is zeros otherwise: 0 times what lay there might be NaN.
+// Softmax, roundings and BYTES are those of sparse_attention.metal; only the order of sums differs. A row is read only
+// if the query may see it, and is zeros otherwise: 0 times what lay there might be NaN.
 // Fused because logits and probabilities are H times the keys, and picked rows would be copied for each query.
 constexpr int SLICES = 4;
 constexpr int PARTS = (K + 63) / 64 * 2;  // matrices beside each other in a slice
@@ -68,9 +68,9 @@ for (int start = 0; start < count; start += TILE) {
         if (here < 0) {
             clear_row<K>(target, lane);
         } else if (start + r < recent) {
-            stage_row<K, Elem>(target, window, (window_base + here) * K, lane);
+            stage_row<Elem, K, P, BYTES>(target, window, window_base + here, lane);
         } else {
-            stage_row<K, Elem>(target, rows, (rows_base + here) * K, lane);
+            stage_row<Elem, K, P, BYTES>(target, rows, rows_base + here, lane);
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ._dispatch import kernel, scalar, use_kernel
+from .packed_rows import is_packed
 
 # From this many tokens on there are threadgroups enough without splitting the keys of a query.
 PREFILL_FROM = 33
@@ -34,11 +35,12 @@ def attention_prefill(
     names = ("q", "window", "rows", "picks", "sink", "cosines", "sines", "scale", "sizes")
     # In the place of what is absent stands something that is not read.
     places = (window if rows is None else rows, sizes if picks is None else picks)
-    (out,) = kernel("attention_prefill", names, ("out",), header="row attention_row matrix")(
+    (out,) = kernel("attention_prefill", names, ("out",), header="row decode attention_row matrix")(
         inputs=[q, window, *places, sink, cos, sin, scalar(K**-0.5), sizes],
         template=[
             ("Elem", q.dtype), ("H", H), ("K", K), ("P", 2 * cos.shape[-1]), ("SIMDS", simds),
             ("TILE", max(8, min(_TILE_ROWS, fitting) // 8 * 8)), ("PICKED", picks is not None),
+            ("BYTES", window.shape[-1] if is_packed(window) else 0),
         ],
         grid=(32 * simds, -(-H // (4 * simds)), B * T),
         threadgroup=(32 * simds, 1, 1),

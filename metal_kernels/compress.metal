@@ -1,6 +1,7 @@
 // e[s, c] = sum over m of softmax_m(gate[s, m, c]) * kv[s, m, c], channel by channel; then
 // out[s] = e[s] / sqrt(mean(e[s]^2) + eps) * weight, its last P values rotated by the angles of s, and
 // QUANT 1: the K - P others rounded to e4m3 in blocks of 64; QUANT 2: all transformed and rounded to e2m1, blocks of 32
+// BYTES: of a packed row, written as pack.metal says; 0 for one of Elem
 //
 // Grid (THREADS, groups of tokens), one threadgroup per group. A thread pools pairs of channels, candidates in order;
 // then the first simdgroup has the row in its registers. Group g of a batch has the angles of g % S. A gate of minus
@@ -47,16 +48,16 @@ if (simdgroup_index_in_threadgroup == 0) {
         }
     }
     rotate_row<Elem, K, P>(row, cosines + angles, sines + angles, lane);
-    #pragma clang loop unroll(full)
-    for (int i = 0; i < (QUANT == 1 ? (K - P) / 64 : 0); i++) {
-        row[i] = fp8_round_trip(row[i]);
-    }
-    if (QUANT == 2) {
+    if (QUANT == 1) {
+        store_fp8_row<Elem, K, P, BYTES>(out, g, row, lane);
+    } else if (QUANT == 2) {
         hadamard<K>(row, lane);
         #pragma clang loop unroll(full)
         for (int i = 0; i < (K + 63) / 64; i++) {
-            row[i] = fp4_round_trip(rounded<Elem>(row[i]));
+            row[i] = rounded<Elem>(row[i]);
         }
+        store_fp4_row<Elem, K, BYTES>(out, g, row, lane);
+    } else {
+        store_row<K>(out + g * K, row, lane);
     }
-    store_row<K>(out + g * K, row, lane);
 }

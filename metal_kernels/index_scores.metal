@@ -6,6 +6,7 @@
 // another round. The sum over the heads is again a product of matrices, with w in row 0 of the left one and 0 in the
 // others. Which lane holds which element does not matter anywhere. Fused because the scores of the heads are I times
 // the result. All sums are in float; another order than in the reference.
+// BYTES: of a packed key, see index_keys.metal; 0 for one of the type of the queries.
 constexpr int DEPTH = 32;
 constexpr int STRIDE = DEPTH + 4;  // rows of a matrix begin in different banks
 constexpr int HEADS = 8 * BLOCKS;
@@ -45,12 +46,7 @@ for (int head = 0; head < I; head += HEADS) {
             const bool inside = h < I && d < J;
             queries[i / DEPTH * STRIDE + i % DEPTH] = inside ? static_cast<float>(q[(token * I + h) * J + d]) : 0.0f;
         }
-        for (int i = thread_index; i < KEYS * DEPTH; i += THREADS) {
-            const int s = first + i / DEPTH;
-            const int d = depth + i % DEPTH;
-            const bool inside = s < S && d < J;
-            rows[i / DEPTH * STRIDE + i % DEPTH] = inside ? static_cast<float>(keys[(base + s) * J + d]) : 0.0f;
-        }
+        stage_keys<J, KEYS, DEPTH, STRIDE, THREADS, BYTES>(rows, keys, base + first, S - first, depth, thread_index);
         for (int i = thread_index; i < 8 * HEADS; i += THREADS) {
             weights[i] = i < HEADS && head + i < I ? static_cast<float>(w[token * I + head + i]) : 0.0f;
         }

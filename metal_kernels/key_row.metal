@@ -1,5 +1,6 @@
 // out[t] = kv[t] / sqrt(mean(kv[t]^2) + eps) * weight, its last P values rotated by the angles of t, and with FP8 the
 // K - P others rounded to e4m3 in blocks of 64
+// BYTES: of a packed row, written as pack.metal says; 0 for one of Elem
 //
 // Grid (32, rows), one simdgroup per row, up to 8 to a threadgroup; nothing is shared, so the last threadgroup may have
 // fewer. Row r of a batch is token r % T. Rounded to Elem after the norm, after the rotation and after the round trip,
@@ -20,8 +21,8 @@ for (int i = 0; i < (K + 63) / 64; i++) {
     }
 }
 rotate_row<Elem, K, P>(row, cosines + angles, sines + angles, lane);
-#pragma clang loop unroll(full)
-for (int i = 0; i < (FP8 ? (K - P) / 64 : 0); i++) {
-    row[i] = fp8_round_trip(row[i]);
+if (FP8) {
+    store_fp8_row<Elem, K, P, BYTES>(out, r, row, lane);
+} else {
+    store_row<K>(out + r * K, row, lane);
 }
-store_row<K>(out + r * K, row, lane);

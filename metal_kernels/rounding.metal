@@ -12,18 +12,19 @@ inline float to_grid(float y, float largest) {
     return metal::rint(v * inverse_step) * as_type<float>((exponent - MANTISSA) << 23);
 }
 
-// x / s on the grid, times s = 2^ceil(log2(amax / largest)); amax is given as the bits of the float. log2 in floating
-// point would land on the wrong side of some integers.
-template <int MANTISSA, int LOWEST>
-inline float2 round_trip(float2 x, uint amax, float largest, float inverse_largest) {
+// The biased exponent of s = 2^ceil(log2(amax / largest)); amax is given as the bits of the float. log2 in floating
+// point would land on the wrong side of some integers. From 254 on only if the block holds infinity or NaN.
+inline uint scale_exponent(uint amax, float inverse_largest) {
     const uint bits = as_type<uint>(as_type<float>(amax) * inverse_largest);
-    const uint exponent = (bits >> 23) + ((bits & 0x7fffffu) != 0u ? 1u : 0u);
-    const float scale = as_type<float>(exponent << 23);
-    // From 254 on only if the block holds infinity or NaN.
-    const float inverse = exponent < 254u ? as_type<float>((254u - exponent) << 23) : 1.0f / scale;
-    return float2(
-        to_grid<MANTISSA, LOWEST>(x.x * inverse, largest) * scale,
-        to_grid<MANTISSA, LOWEST>(x.y * inverse, largest) * scale);
+    return (bits >> 23) + ((bits & 0x7fffffu) != 0u ? 1u : 0u);
+}
+
+// x / s on the grid
+template <int MANTISSA, int LOWEST>
+inline float2 on_grid(float2 x, uint exponent, float largest) {
+    const float inverse =
+        exponent < 254u ? as_type<float>((254u - exponent) << 23) : 1.0f / as_type<float>(exponent << 23);
+    return float2(to_grid<MANTISSA, LOWEST>(x.x * inverse, largest), to_grid<MANTISSA, LOWEST>(x.y * inverse, largest));
 }
 
 inline uint larger_size(float2 x) {
@@ -31,16 +32,33 @@ inline uint larger_size(float2 x) {
 }
 
 // A block is the 64 values that a simdgroup has in one register each.
+inline uint fp8_exponent(float2 x) {
+    return scale_exponent(metal::max(simd_max(larger_size(x)), as_type<uint>(1e-4f)), 1.0f / 448.0f);
+}
+
+inline float2 to_fp8(float2 x, uint exponent) {
+    return on_grid<3, -6>(x, exponent, 448.0f);
+}
+
 inline float2 fp8_round_trip(float2 x) {
-    const uint amax = metal::max(simd_max(larger_size(x)), as_type<uint>(1e-4f));
-    return round_trip<3, -6>(x, amax, 448.0f, 1.0f / 448.0f);
+    const uint exponent = fp8_exponent(x);
+    return to_fp8(x, exponent) * as_type<float>(exponent << 23);
 }
 
 // A block is the 32 values of 16 lanes.
-inline float2 fp4_round_trip(float2 x) {
+inline uint fp4_exponent(float2 x) {
     uint amax = metal::max(larger_size(x), 0x01c00000u);  // 6 * 2^-126
     for (ushort apart = 1; apart < 16; apart *= 2) {
         amax = metal::max(amax, simd_shuffle_xor(amax, apart));
     }
-    return round_trip<1, 0>(x, amax, 6.0f, 1.0f / 6.0f);
+    return scale_exponent(amax, 1.0f / 6.0f);
+}
+
+inline float2 to_fp4(float2 x, uint exponent) {
+    return on_grid<1, 0>(x, exponent, 6.0f);
+}
+
+inline float2 fp4_round_trip(float2 x) {
+    const uint exponent = fp4_exponent(x);
+    return to_fp4(x, exponent) * as_type<float>(exponent << 23);
 }

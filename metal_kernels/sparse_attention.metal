@@ -12,6 +12,7 @@
 // float32; what float16 loses because it is small is no more here than there, as the divisor is at least 1.
 // With one split, FINAL, the result is complete; else out holds the sums of each split, and stats their largest logit
 // and their denominator, for attention_combine.
+// BYTES: of a packed row, see attention_row.metal; 0 for one of Elem.
 //
 // A row is read only if the query may see it: rows of open groups, and row 0 for a pick of -1, may hold anything.
 // Fused because logits and probabilities are H times the keys, and picked rows would be copied for each query.
@@ -69,9 +70,9 @@ for (int start = split * share; start < stop; start += TILE) {
     for (int r = simd; r < TILE; r += SIMDS) {
         const int here = simd_shuffle(row, r);
         if (here >= 0 && start + r < recent) {
-            stage_row<K, Elem>(tile + r * PAIRS * 32, window, (window_base + here) * K, lane);
+            stage_row<Elem, K, P, BYTES>(tile + r * PAIRS * 32, window, window_base + here, lane);
         } else if (here >= 0) {
-            stage_row<K, Elem>(tile + r * PAIRS * 32, rows, (rows_base + here) * K, lane);
+            stage_row<Elem, K, P, BYTES>(tile + r * PAIRS * 32, rows, rows_base + here, lane);
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ._dispatch import KernelError, expect_rotation, expect_shape, kernel, scalar, use_kernel
 from .attention_prefill import attention_prefill, use_prefill
+from .packed_rows import is_packed, row_bytes, unpack_rows
 from .rope import rope_reference
 
 # Bytes of gathered rows and scores held at a time.
@@ -33,7 +34,8 @@ def sparse_attention(
         q: rotated queries, [B, T, H, K], any float type.
         window: rows of the T tokens of this call, last, and of tokens before them, [B, S, K]. They are in order of
             position, except that with T = 1 and at most window_size rows any order will do.
-        rows: compressed rows, [B, S', K]; None if the layer has none yet.
+            Packed rows have row_bytes(K, P) in the place of K.
+        rows: compressed rows, [B, S', K], packed if the window is; None if the layer has none yet.
         picks: chosen compressed rows of each query, [B, T, k], int32, -1 for none; None for all visible ones.
         sink: [H], float32.
         cos, sin: of the queries' positions, [T, P/2], float32.
@@ -44,19 +46,27 @@ def sparse_attention(
         before they meet the values.
     """
     B, T, H, K = q.shape
-    expect_shape("sparse_attention", "window", window, (B, window.shape[1], K))
+    packed = is_packed(window)
+    width = row_bytes(K, 2 * cos.shape[-1]) if packed else K
+    expect_shape("sparse_attention", "window", window, (B, window.shape[1], width))
     expect_shape("sparse_attention", "sink", sink, (H,))
     expect_rotation("sparse_attention", cos, sin, T, K)
     if rows is not None:
-        expect_shape("sparse_attention", "rows", rows, (B, rows.shape[1], K))
+        expect_shape("sparse_attention", "rows", rows, (B, rows.shape[1], width))
+        if is_packed(rows) != packed:
+            raise KernelError(f"sparse_attention: rows: expected {window.dtype} as the window, found {rows.dtype}")
     if picks is not None:
         expect_shape("sparse_attention", "picks", picks, (B, T, picks.shape[-1]))
         if rows is None:
             raise KernelError("sparse_attention: picks: expected none without compressed rows")
     if not T <= window.shape[1]:
         raise KernelError(f"sparse_attention: window: expected at least {T} rows, found {window.shape[1]}")
-    covers = K % 2 == 0 and all(a is None or a.dtype == q.dtype for a in (window, rows))
-    prefill, limit = covers and use_prefill(q), "an even head width, and rows in the type of q"
+    alike = (mx.uint8,) if packed else (q.dtype,)
+    covers = K % 2 == 0 and all(a is None or a.dtype in alike for a in (window, rows))
+    if packed:  # read in pieces of 8 bytes
+        covers &= q.dtype == mx.bfloat16 and cos.shape[-1] % 2 == 0
+    limit = "an even head width, and rows in the type of q or packed with queries of bfloat16 and P a multiple of 4"
+    prefill = covers and use_prefill(q)
     if not (prefill or use_kernel("sparse_attention", covers=covers, limit=limit)):
         return sparse_attention_reference(
             q, window, rows, picks, sink, cos, sin, position=position, ratio=ratio, window_size=window_size
@@ -83,11 +93,11 @@ def _launch(
     names = ("q", "window", "rows", "picks", "sink", "cosines", "sines", "scale", "sizes")
     # In the place of what is absent stands something that is not read.
     places = (window if rows is None else rows, sizes if picks is None else picks)
-    out, stats = kernel("sparse_attention", names, ("out", "stats"), header="row attention_row")(
+    out, stats = kernel("sparse_attention", names, ("out", "stats"), header="row decode attention_row")(
         inputs=[q, window, *places, sink, cos, sin, scalar(K**-0.5), sizes],
         template=[
             *template, ("HEADS", _HEADS), ("SIMDS", simds), ("TILE", tile), ("PICKED", picks is not None),
-            ("FINAL", splits == 1),
+            ("FINAL", splits == 1), ("BYTES", window.shape[-1] if is_packed(window) else 0),
         ],
         grid=(32 * simds, splits, groups),
         threadgroup=(32 * simds, 1, 1),
@@ -125,7 +135,7 @@ def sparse_attention_reference(
         parts = [(keys, (age >= 0) & (age < window_size))]
         if rows is not None:
             parts.append(_compressed(rows, picks, start, stop, positions, (position + stop) // ratio, ratio))
-        out.append(_attend(q[:, start:stop], parts, sink))
+        out.append(_attend(q[:, start:stop], parts, sink, 2 * cos.shape[-1]))
     o = out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
     return rope_reference(o, cos, -sin)
 
@@ -142,13 +152,13 @@ def _compressed(
     return rows.flatten(0, 1)[index], chosen >= 0
 
 
-def _attend(q: mx.array, parts: list[tuple[mx.array, mx.array]], sink: mx.array) -> mx.array:
-    """One softmax over all parts: keys [B, S, K] shared by the queries, or [B, T, S, K] of each its own."""
+def _attend(q: mx.array, parts: list[tuple[mx.array, mx.array]], sink: mx.array, rotated: int) -> mx.array:
+    """One softmax over all parts: keys [B, S, K] shared by the queries, or [B, T, S, K] of each its own, or packed."""
     B, T, H, K = q.shape
     queries = q.astype(mx.float32) * K**-0.5
     logits, values = [sink[None, None, :, None] + mx.zeros((B, T, 1, 1))], []
     for keys, seen in parts:
-        keys = keys.astype(mx.float32)
+        keys = unpack_rows(keys, K, rotated) if is_packed(keys) else keys.astype(mx.float32)
         keys = keys[:, None] if keys.ndim == 3 else keys
         seen = seen[None] if seen.ndim == 2 else seen
         logits.append(mx.where(seen[:, :, None], queries @ keys.swapaxes(-1, -2), -mx.inf))

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.wo_b = linear(config, config.o_groups * config.o_lora_rank, D)
         self.compressor = Compressor(config, numerics, ratio, K, index=False) if ratio else None
         self.indexer = Indexer(config, numerics, ratio) if ratio == 4 else None
-        self._fp8 = numerics.simulate_cache_quant
+        self._fp8, self._packed = numerics.simulate_cache_quant, numerics.packed_caches
         self._round_input = numerics.round_input
 
     def __call__(self, x: mx.array, cache: LayerCache, rotations: Rotations) -> mx.array:
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         rounded_qr = self._round_input(qr)
         q = self.wq_b(rounded_qr).reshape(B, T, c.num_attention_heads, c.head_dim)
         q = query_rope(q, cos, sin, c.rms_norm_eps)
-        row = key_row(self.wkv(rounded), self.kv_norm.weight, cos, sin, c.rms_norm_eps, self._fp8)
+        row = key_row(self.wkv(rounded), self.kv_norm.weight, cos, sin, c.rms_norm_eps, self._fp8, self._packed)
         window = cache.extend_window(row)
 
         rows = picks = None

@@ -1,4 +1,7 @@
-"""What each layer remembers: the window, open groups, and compressed rows."""
+"""What each layer remembers: the window, open groups, and compressed rows.
+
+Rows have K values, or are packed in bytes (see metal_kernels/packed_rows.py): nothing here looks inside.
+"""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ class Compressor(nn.Module):
         self.wgate = WideLinear(config.hidden_size, projected)
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.ratio = ratio
-        self._dtype = numerics.dtype
+        self._dtype, self._packed = numerics.dtype, numerics.packed_caches
         self._quant: Quant = ("fp4" if index else "fp8") if numerics.simulate_cache_quant else "none"
 
     def __call__(self, x: mx.array, cache: CompressorCache, rotations: Rotations) -> mx.array | None:
-        """Tokens [B, T, D] -> all compressed rows so far [B, S, K], or None before the first group is full."""
+        """Tokens [B, T, D] -> all compressed rows so far, [B, S, K] or packed; None before the first group is full."""
         slots = (mx.arange(x.shape[1]) + rotations.position % self.ratio) % self.ratio
         kv = self.wkv(x)
         gate = self.wgate(x) + self.ape[slots]
@@ -44,7 +44,8 @@ class Compressor(nn.Module):
         if groups is not None:
             kv, gate = self._with_last_group(*groups, cache) if self.overlap else groups
             cos, sin = rotations.groups(cache.rows.count, kv.shape[1], self.ratio)
-            cache.rows.append(compress(kv, gate, self.norm.weight, cos, sin, self.norm.eps, self._dtype, self._quant))
+            rows = compress(kv, gate, self.norm.weight, cos, sin, self.norm.eps, self._dtype, self._quant, self._packed)
+            cache.rows.append(rows)
         return cache.rows.all()
 
     def _with_last_group(self, kv: mx.array, gate: mx.array, cache: CompressorCache) -> tuple[mx.array, mx.array]:

@@ -32,6 +32,11 @@ class Numerics:
     quantize_activations: bool = False
 
     @property
+    def packed_caches(self) -> bool:
+        """Whether caches hold rows and index keys as FP8 and FP4 codes, which here loses nothing (spec 10.1)."""
+        return self.simulate_cache_quant and self.dtype == mx.bfloat16
+
+    @property
     def round_input(self) -> Callable[[mx.array], mx.array]:
         """What the input of a quantised linear layer goes through."""
         return _fp8_input if self.quantize_activations else _unchanged

@@ -14,6 +14,7 @@ from support import FLOATS, expect_equal, expect_match, expect_same, rope_expect
 from test_sparse_attention_kernel import GPU, KINDS, LOW, NAN, RATIO, Case, W, case, expect_as_good
 
 from metal_kernels import _dispatch, attention_prefill, kernels
+from metal_kernels.packed_rows import pack_rows, unpack_rows
 
 pytestmark = pytest.mark.usefixtures("emulated", "always")
 
@@ -137,6 +138,29 @@ def test_size_of_the_model_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     with emulate(repeat=False) as session:
         expect_match(c.found(), c.reference(), mx.float32)
     assert session.dispatches[0].threadgroup_bytes == 8 * (512 + 4) * 4 + 4 * 32 * 8 * 4
+
+
+@KINDS
+@sizes("H K P", (3, 68, 4), (3, 136, 72), (5, 512, 64))
+def test_packed_rows(H: int, K: int, P: int, kind: str) -> None:
+    """Bit for bit what the same rows give as bfloat16."""
+    c = case(2, 3, 60, kind, H=H, K=K, P=P, dtype=mx.bfloat16)
+    pairs = [None if a is None else pack_rows(a, P) for a in (c.window, c.rows)]
+    plain = [None if a is None else unpack_rows(a, K, P).astype(mx.bfloat16) for a in pairs]
+    expect_equal(c.found(window=pairs[0], rows=pairs[1]), c.found(window=plain[0], rows=plain[1]))
+
+
+def test_packed_rows_of_the_model() -> None:
+    """Fewer bytes of each row: its codes, rotated values, and scales, which lanes share."""
+    c = case(1, 2, 131, "all", H=64, K=512, P=64, dtype=mx.bfloat16, W=128)
+    assert c.rows is not None
+    with emulate(counters=True, repeat=False) as session:
+        c.found(window=pack_rows(c.window, 64), rows=pack_rows(c.rows, 64))
+    traffic = session.dispatches[0].traffic
+    assert (session.dispatches[0].kernel, traffic["window"].read_bytes) == (
+        "attention_prefill", 2 * 2 * 128 * (448 + 128 + 448 // 8),
+    )  # fmt: skip
+    assert traffic["rows"].read_distinct == 33 * (448 + 128 + 7)
 
 
 # --- what is attended ---------------------------------------------------------------------------------
