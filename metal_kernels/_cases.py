@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ._dispatch import expert_prefill
 from .compress import Quant, compress
 from .experts import ExpertWeights, expert_down, expert_down_sum, expert_gate_up
 from .index_query import index_query
@@ -31,7 +32,8 @@ class Case:
     Attributes:
         rounds: the result lies on a coarse grid (FP8, FP4), where a last-bit difference may become a whole step.
         exact: the result is a choice, and must be the same.
-        real: the sizes are those of a decode step of V4-Flash; the others are odd.
+        real: the sizes are those of V4-Flash, of a decode step or, in prefill, a chunk; the others are odd.
+        large: too much to be emulated.
     """
 
     op: str
@@ -40,6 +42,7 @@ class Case:
     rounds: bool = False
     exact: bool = False
     real: bool = True
+    large: bool = False
 
 
 def cases() -> Iterator[Case]:
@@ -50,7 +53,9 @@ def cases() -> Iterator[Case]:
             yield from _rows(real, dtype)
             yield from _index(real, dtype)
             yield from _attention(real, dtype)
+            yield from _attention_prefill(real, dtype)
             yield from _experts(real, dtype)
+            yield from _experts_prefill(real, dtype)
 
 
 def ops() -> list[str]:
@@ -134,6 +139,17 @@ def _index(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
 
 def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     T, H, K, S, k = (1, 64, 512, 2048, 512) if real else (3, 5, 70, 130, 37)
+    return _attend("sparse_attention", T, H, K, S, k, real, dtype)
+
+
+def _attention_prefill(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    T, H, K, S, k = (256, 64, 512, 2048, 512) if real else (35, 5, 70, 130, 37)
+    return _attend("attention_prefill", T, H, K, S, k, real, dtype, large=real)
+
+
+def _attend(
+    op: str, T: int, H: int, K: int, S: int, k: int, real: bool, dtype: mx.Dtype, large: bool = False
+) -> Iterator[Case]:
     label, (cos, sin) = _label(real, dtype), _rotation(T, 32)
     q, sink = _normal(1, T, H, K, dtype=dtype), _normal(H)
     window, rows = _normal(1, 127 + T, K, dtype=dtype), _normal(1, S, K, dtype=dtype)
@@ -144,9 +160,8 @@ def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
             q, window, rows, picks, sink, cos, sin, position=4 * S, ratio=4, window_size=128
         )  # fmt: skip
 
-    yield Case("sparse_attention", f"{label}, window", lambda: attend(None, None), real=real)
-    yield Case("sparse_attention", f"{label}, all rows", lambda: attend(rows, None), real=real)
-    yield Case("sparse_attention", f"{label}, picked rows", lambda: attend(rows, picks), real=real)
+    for keys, arrays in (("window", (None, None)), ("all rows", (rows, None)), ("picked rows", (rows, picks))):
+        yield Case(op, f"{label}, {keys}", lambda arrays=arrays: attend(*arrays), real=real, large=large)  # type: ignore[misc]
 
 
 def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
@@ -167,6 +182,25 @@ def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
         )  # fmt: skip
     head = _normal(16384 if real else 67, D, dtype=mx.bfloat16)
     yield Case("project_f32", label, lambda: project_f32(x, head), real=real)
+
+
+def _experts_prefill(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
+    E, T, P, D, F = (16, 512, 3072, 4096, 2048) if real else (5, 7, 53, 96, 67)
+    label, x, h = _label(real, dtype), _normal(T, D, dtype=dtype), _normal(P, F if real else 64, dtype=dtype)
+    w1, w3, w2 = _packed(E, F, D), _packed(E, F, D), _packed(E, D, h.shape[-1])
+    token, weight = mx.arange(P) % T, mx.abs(_normal(P))
+    expert = mx.sort(mx.random.randint(0, E, (P,), mx.int32, key=mx.random.key(P)))
+
+    def gate_up() -> mx.array:
+        with expert_prefill("metal"):
+            return expert_gate_up(x, w1, w3, token, expert, weight, 10.0, True)
+
+    def down() -> mx.array:
+        with expert_prefill("metal"):
+            return expert_down(h, w2, expert, True)
+
+    yield Case("expert_gate_up_prefill", label, gate_up, real=real, large=real)
+    yield Case("expert_down_prefill", label, down, real=real, large=real)
 
 
 def _packed(E: int, rows: int, columns: int) -> ExpertWeights:

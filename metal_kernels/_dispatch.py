@@ -13,6 +13,9 @@ import mlx.core as mx
 
 SETTINGS = ("auto", "metal", "stock", "reference")
 VARIABLE = "MLX_V4FLASH_KERNELS"
+# Of sorted experts, MLX's own products are the ordinary choice: ours are as yet unmeasured.
+PREFILL_SETTINGS = ("mlx", "metal")
+PREFILL_VARIABLE = "MLX_V4FLASH_EXPERT_PREFILL"
 
 Kernel = Callable[..., list[mx.array]]
 Result = TypeVar("Result")
@@ -24,6 +27,7 @@ kernel_factory: Callable[..., Any] = mx.fast.metal_kernel
 approved: set[str] = set()
 
 _setting: str | None = None
+_expert_prefill: str | None = None
 
 
 class KernelError(ValueError):
@@ -55,7 +59,7 @@ def setting() -> str:
     Raises:
         KernelError: the environment names an unknown one.
     """
-    return _setting if _setting is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    return _setting if _setting is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE, SETTINGS)
 
 
 @contextmanager
@@ -71,11 +75,36 @@ def kernels(choice: str) -> Iterator[None]:
         KernelError: another choice.
     """
     global _setting
-    before, _setting = _setting, _checked(choice, "kernels")
+    before, _setting = _setting, _checked(choice, "kernels", SETTINGS)
     try:
         yield
     finally:
         _setting = before
+
+
+@contextmanager
+def expert_prefill(choice: str) -> Iterator[None]:
+    """Choose inside the block how many pairs sorted by expert are multiplied, in the place of the environment.
+
+    Args:
+        choice: "mlx" uses MLX's sorted products; "metal" this package's kernels, where `kernels` lets them run.
+
+    Raises:
+        KernelError: another choice.
+    """
+    global _expert_prefill
+    before, _expert_prefill = _expert_prefill, _checked(choice, "expert_prefill", PREFILL_SETTINGS)
+    try:
+        yield
+    finally:
+        _expert_prefill = before
+
+
+def use_expert_prefill(op: str, *, covers: bool, limit: str) -> bool:
+    """Whether a call with sorted experts runs its kernel `op`: where that was chosen, as `use_kernel` says."""
+    choice = _expert_prefill or os.environ.get(PREFILL_VARIABLE, "mlx")
+    chosen = _checked(choice, PREFILL_VARIABLE, PREFILL_SETTINGS) == "metal"
+    return chosen and use_kernel(op, covers=covers, limit=limit)
 
 
 def use_kernel(op: str, *, covers: bool = True, limit: str = "") -> bool:
@@ -173,7 +202,7 @@ def _on_metal() -> bool:
     return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
 
 
-def _checked(choice: str, where: str) -> str:
-    if choice not in SETTINGS:
-        raise KernelError(f"{where}: expected {' or '.join(SETTINGS)}, found {choice!r}")
+def _checked(choice: str, where: str, known: tuple[str, ...]) -> str:
+    if choice not in known:
+        raise KernelError(f"{where}: expected {' or '.join(known)}, found {choice!r}")
     return choice

@@ -35,15 +35,9 @@ for (int start = 0; start < splits; start += 32) {
     }
 }
 if (2 * pair < K) {
-    const int turned = pair - (K - P) / 2;
     const size_t at = (token * H + head) * K + 2 * pair;
-    sum = rounded<Elem>(sum * (1.0f / total));
-    if (turned >= 0) {
-        const size_t angle = token % static_cast<size_t>(cosines_shape[0]) * (P / 2) + turned;
-        const float c = cosines[angle];
-        const float s = sines[angle];
-        sum = rounded<Elem>(float2(sum.x * c + sum.y * s, sum.y * c - sum.x * s));
-    }
+    const size_t angles = token % static_cast<size_t>(cosines_shape[0]) * (P / 2);
+    sum = turned_back<Elem, K, P>(sum * (1.0f / total), 2 * pair, cosines + angles, sines + angles);
     out[at] = static_cast<Elem>(sum.x);
     out[at + 1] = static_cast<Elem>(sum.y);
 }

@@ -1,12 +1,25 @@
 // Keys in threadgroup memory and the heads that meet them, pairs of a row spread over lanes as in row.metal.
 
+// Two neighbours, or zeros
+template <typename Elem, typename Source>
+inline vec<Elem, 2> load_pair(Source source, size_t at, bool there) {
+    const Elem zero = static_cast<Elem>(0.0f);
+    return there ? vec<Elem, 2>(source[at], source[at + 1]) : vec<Elem, 2>(zero, zero);
+}
+
 // Pairs of row r from device memory; zeros behind it, so that the loops below need not ask.
 template <typename Elem, int K, int P, int BYTES, typename Source>
 inline void stage_row(threadgroup vec<Elem, 2>* target, Source source, size_t r, int lane) {
     const size_t at = r * K;
     for (int p = lane; p < (K + 63) / 64 * 32; p += 32) {
-        const Elem zero = static_cast<Elem>(0.0f);
-        target[p] = 2 * p < K ? vec<Elem, 2>(source[at + 2 * p], source[at + 2 * p + 1]) : vec<Elem, 2>(zero, zero);
+        target[p] = load_pair<Elem>(source, at + 2 * p, 2 * p < K);
+    }
+}
+
+template <int K, typename Pair>
+inline void clear_row(threadgroup Pair* target, int lane) {
+    for (int p = lane; p < (K + 63) / 64 * 32; p += 32) {
+        target[p] = Pair(0);
     }
 }
 

@@ -74,9 +74,12 @@ inline float number_sum(const thread uint* words, const thread float* x) {
     return sum.x + sum.y;
 }
 
-// sum * 2^(bits - 127) * bias. 2^-127 is made of two factors, since GPUs may flush it; 255 is infinity, as MLX has it.
-inline float e8m0_scaled(float sum, uint bits, float bias) {
-    return sum * (bits == 0u ? 0.5f * bias : bias) * as_type<float>(metal::max(bits, 1u) << 23);
+// number * 2^(bits - 127), and the bias of mxfp4 or mxfp8. 2^-127 is made of two factors, since GPUs may flush it; 255
+// is infinity, as MLX has it.
+template <int BITS>
+inline float scaled(float number, uint bits) {
+    const float bias = BITS == 4 ? E2M1_BIAS : E4M3_BIAS;
+    return number * (bits == 0u ? 0.5f * bias : bias) * as_type<float>(metal::max(bits, 1u) << 23);
 }
 
 // Adds the block's part of a row's product; `block` counts the blocks of all rows, x_sum is the sum of x.
@@ -96,8 +99,7 @@ inline void add_block(
         const float numbers = number_sum<BITS, false, 0, 16>(words, x) * low;
         sum += (numbers + number_sum<BITS, false, 16, 16>(words, x) * high) * (E2M1_BIAS * E4M3_BIAS);
     } else {
-        const float numbers = number_sum<BITS, false, 0, 32>(words, x);
-        sum += e8m0_scaled(numbers, scales[block], BITS == 4 ? E2M1_BIAS : E4M3_BIAS);
+        sum += scaled<BITS>(number_sum<BITS, false, 0, 32>(words, x), scales[block]);
     }
 }
 

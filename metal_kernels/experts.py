@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ._dispatch import KernelError, expect_shape, kernel, scalar, use_kernel
-from .quantized_product import summed_in_float32
+from ._dispatch import KernelError, expect_shape, kernel, scalar, use_expert_prefill, use_kernel
+from .expert_prefill import down_prefill, gate_up_prefill
+from .quantized_product import BITS, summed_in_float32
 
 # The kernels read an expert once for each of its pairs, which pays for few of them; MLX's products are for more.
 MAX_PAIRS = 96
@@ -17,6 +18,7 @@ MAX_CHOSEN = 16
 FORMATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _LIMIT = f"up to {MAX_PAIRS} pairs and {MAX_CHOSEN} experts per token of quantised weights, of at least 8 words"
+_TILED = "mxfp4 or mxfp8 weights of one format, of at least 8 words"
 # Rows that a simdgroup takes of each matrix, and the simdgroups of a threadgroup.
 _GATE_UP_ROWS, _DOWN_ROWS, _SIMDGROUPS = 2, 4, 4
 
@@ -88,6 +90,10 @@ class ExpertWeights:
         bits, group_size = self.packing
         return [(f"{prefix}BITS", bits), (f"{prefix}GROUP", group_size), (f"{prefix}AFFINE", self.mode == "affine")]
 
+    def tiled(self, pairs: int, columns: int) -> bool:
+        """Whether the kernels for sorted pairs are made for these weights."""
+        return self.mode in BITS and self.covered(columns) and pairs >= 1
+
 
 def expert_gate_up(
     x: mx.array, w1: ExpertWeights, w3: ExpertWeights, token: mx.array, expert: mx.array, weight: mx.array,
@@ -112,6 +118,9 @@ def expert_gate_up(
     for name, matrix in zip(("shared w1", "shared w3"), shared or (), strict=False):
         matrix.expect("expert_gate_up", name, w1.weight.shape[1:2], x.shape[-1])
     P, (T, D), F = expert.size, x.shape, w1.weight.shape[1]
+    tiled = shared is None and w1.tiled(P, D) and w3.tiled(P, D) and w1.mode == w3.mode
+    if sorted_experts and use_expert_prefill("expert_gate_up_prefill", covers=tiled, limit=_TILED):
+        return gate_up_prefill(x, w1, w3, token, expert, weight, limit)
     # Without one the kernel has no use for these, but its text names them.
     s1, s3 = shared or (w1, w3)
     covers = 1 <= P <= MAX_PAIRS and _alike(w1, w3, D) and _alike(s1, s3, D)
@@ -165,6 +174,8 @@ def expert_down(h: mx.array, w2: ExpertWeights, expert: mx.array, sorted_experts
     expect_shape("expert_down", "expert", expert, h.shape[:1])
     w2.expect("expert_down", "w2", w2.weight.shape[:2], h.shape[-1])
     (P, F), D = h.shape, w2.weight.shape[1]
+    if sorted_experts and use_expert_prefill("expert_down_prefill", covers=w2.tiled(P, F), limit=_TILED):
+        return down_prefill(h, w2, expert)
     if not use_kernel("expert_down", covers=1 <= P <= MAX_PAIRS and w2.covered(F), limit=_LIMIT):
         return expert_down_reference(h, w2, expert, sorted_experts)
     (y,) = kernel("expert_down", ("h", "w2", "s2", "b2", "expert"), ("y",), header="decode")(

@@ -65,3 +65,16 @@ inline void rotate_row(thread float2* row, Table cosines, Table sines, int lane)
         }
     }
 }
+
+// The values d and d + 1 of an output in Elem, rotated by minus their angle if they are among the last P
+template <typename Elem, int K, int P, typename Table>
+inline float2 turned_back(float2 pair, int d, Table cosines, Table sines) {
+    const float2 v = rounded<Elem>(pair);
+    const int turned = (d - (K - P)) / 2;
+    if (d < K - P) {
+        return v;
+    }
+    const float c = cosines[turned];
+    const float s = sines[turned];
+    return rounded<Elem>(float2(v.x * c + v.y * s, v.y * c - v.x * s));
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ._dispatch import KernelError, expect_rotation, expect_shape, kernel, scalar, use_kernel
+from .attention_prefill import attention_prefill, use_prefill
 from .packed_rows import is_packed, row_bytes, unpack_rows
 from .rope import rope_reference
 
@@ -65,12 +66,15 @@ def sparse_attention(
     if packed:  # read in pieces of 8 bytes
         covers &= q.dtype == mx.bfloat16 and cos.shape[-1] % 2 == 0
     limit = "an even head width, and rows in the type of q or packed with queries of bfloat16 and P a multiple of 4"
-    if not use_kernel("sparse_attention", covers=covers, limit=limit):
+    prefill = covers and use_prefill(q)
+    if not (prefill or use_kernel("sparse_attention", covers=covers, limit=limit)):
         return sparse_attention_reference(
             q, window, rows, picks, sink, cos, sin, position=position, ratio=ratio, window_size=window_size
         )
     count = 0 if rows is None else rows.shape[1] if picks is None else picks.shape[-1]
     sizes = mx.array([position, ratio, window_size, count], mx.int32)
+    if prefill:
+        return attention_prefill(q, window, rows, picks, sink, cos, sin, sizes)
     keys = min(window.shape[1], window_size) + (count if picks is not None else min(count, (position + T) // ratio))
     return _launch(q, window, rows, picks, sink, cos, sin, sizes, keys)
 

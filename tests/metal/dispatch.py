@@ -104,7 +104,8 @@ class _Report(ctypes.Structure):
         ("pc", ctypes.c_uint),
         ("thread", ctypes.c_uint * 3),
         ("group", ctypes.c_uint * 3),
-        *((name, ctypes.c_uint64) for name in ("collectives", "barriers", "accesses", "threadgroup_peak")),
+        *((name, ctypes.c_uint64) for name in ("collectives", "barriers", "accesses")),
+        *((name, ctypes.c_uint64) for name in ("threadgroup_peak", "threadgroup_traffic")),
         ("reason", ctypes.c_char * 512),
     ]
 
@@ -205,7 +206,8 @@ def _record(text: Text, request: _Request, report: _Report, arguments: Sequence[
         tuple(request.grid),
         tuple(request.threadgroup),
         seconds,
-        *(report.accesses, report.collectives, report.barriers, report.threadgroup_peak),
+        *(report.accesses, report.collectives, report.barriers),
+        *(report.threadgroup_peak, report.threadgroup_traffic),
     )
     if session.settings().counters:
         for i, a in enumerate(arguments):

@@ -72,7 +72,11 @@ class Traffic:
 
 @dataclass
 class Dispatch:
-    """What one call did; `traffic` by buffer, only with counters."""
+    """What one call did; `traffic` by buffer, only with counters.
+
+    `threadgroup_bytes` is what a threadgroup had, `threadgroup_traffic` what all of them read and wrote there, in
+    bytes; 0 unless checked.
+    """
 
     kernel: str
     grid: tuple[int, ...]
@@ -82,6 +86,7 @@ class Dispatch:
     collectives: int
     barriers: int
     threadgroup_bytes: int
+    threadgroup_traffic: int
     traffic: dict[str, Traffic] = field(default_factory=dict)
 
 

@@ -196,6 +196,20 @@ def test_counters() -> None:
     assert (x.read_accesses, x.read_bytes, x.read_distinct, x.read_by_group) == (128, 512, 256, 256 + 4)
     assert (y.write_accesses, y.write_bytes, y.write_distinct, y.read_bytes) == (64, 256, 256, 0)
     assert done.traffic["n"].read_bytes == 0
+    assert done.threadgroup_traffic == 0
+
+
+def test_traffic_of_threadgroup_memory() -> None:
+    """All threadgroups together, each access of each thread."""
+    source = f"""
+    uint i = thread_position_in_grid.x, me = thread_index_in_threadgroup;
+    threadgroup float s[32];
+    s[me] = x[i];
+    {BARRIER}
+    y[i] = s[me] + s[(me + 1) % 32];"""
+    with emulator.emulate() as session:
+        run(source, per_group=32)
+    assert session.dispatches[0].threadgroup_traffic == 64 * 3 * 4
 
 
 def test_vectors_of_a_slice_are_misaligned() -> None:

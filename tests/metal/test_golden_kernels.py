@@ -46,19 +46,24 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("case", ["f32-exact", "official-qat"])
-def test_logits(case: str, emulated: Session, chosen: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a machine where every kernel was found right: a prefill of experts is more than their kernels cover.
+@pytest.mark.parametrize(
+    ("case", "experts"), [("f32-exact", "mlx"), ("official-qat", "mlx"), ("official-qat", "metal")]
+)
+def test_logits(
+    case: str, experts: str, emulated: Session, chosen: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a machine where every kernel was found right.
     monkeypatch.setattr(_dispatch, "approved", set(doctor.with_kernel()))
     want = golden.expected(case)
     model = load_model(golden.folder(case), dtype="float32", simulate_cache_quant=case == "official-qat")
     ids = mx.array(want["input_ids"])[None]
-    with kernels("auto"):
+    with kernels("auto"), _dispatch.expert_prefill(experts):
         found = run(model, ids)
     with_kernels = chosen.copy()
     chosen.clear()
     ran = {dispatch.kernel for dispatch in emulated.dispatches}
-    assert ran >= {"stream_enter", "key_row", "compress", "sparse_attention", "route", "expert_gate_up"}, ran
+    assert ran >= {"stream_enter", "latents", "compress", "sparse_attention", "route", "expert_gate_up"}, ran
+    assert "attention_prefill" in ran and ("expert_down_prefill" in ran) == (experts == "metal"), ran
     golden.expect_within(found, want["logits"][: PREFILL + STEPS], golden.tolerance(case)["float32"]["logits"], case)
     with kernels("reference"):
         error = golden.relative_rms(found, run(model, ids))

@@ -10,6 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from metal_kernels import _dispatch
+
 pytestmark = pytest.mark.usefixtures("emulation")
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -211,6 +213,30 @@ def test_every_operation_in_low_precision_is_rounded(dtype: mx.Dtype) -> None:
     x = mx.array(X).astype(dtype)
     found = run("T b = static_cast<T>(a); T c = b * b + b; r = float(c);", x=x, dtype=dtype)
     assert np.array_equal(found, np.array((x * x + x).astype(mx.float32)))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("half", mx.float16), ("bfloat", mx.bfloat16)])
+def test_matrices_of_a_low_type_are_summed_in_float(name: str, dtype: mx.Dtype) -> None:
+    """And loaded from rows that are longer, transposed, and read by their lanes."""
+    body = f"""
+    threadgroup {name} s[8 * 10];
+    threadgroup float sums[64];
+    s[i / 8 * 10 + i % 8] = static_cast<{name}>(a);
+    {BARRIER}
+    simdgroup_matrix<{name}, 8, 8> left, right;
+    simdgroup_load(left, s, 10);
+    simdgroup_load(right, s, 10, ulong2(0, 0), true);
+    simdgroup_float8x8 c = make_filled_simdgroup_matrix<float, 8>(1.0f);
+    simdgroup_multiply_accumulate(c, left, right, c);
+    if (i < 32) {{
+        sums[matrix_row(i) * 8 + matrix_column(i)] = pair_of(c).x;
+        sums[matrix_row(i) * 8 + matrix_column(i) + 1] = pair_of(c).y;
+    }}
+    {BARRIER}
+    r = sums[i];"""
+    x = np.array(mx.array(X).astype(dtype).astype(mx.float32)).reshape(8, 8)
+    found = run(body, _dispatch.source("matrix"))
+    np.testing.assert_allclose(found, (x @ x.T + 1).ravel(), rtol=3e-6)
 
 
 def test_simdgroup_that_is_not_full() -> None:

@@ -26,7 +26,7 @@ from support import (
     wide,
 )
 
-from metal_kernels import KernelError, kernels, sparse_attention
+from metal_kernels import KernelError, attention_prefill, kernels, sparse_attention
 from metal_kernels.sparse_attention import sparse_attention_reference
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -157,7 +157,8 @@ def test_splits(keys: int, monkeypatch: pytest.MonkeyPatch, emulated: Session) -
 
 
 @KINDS
-def test_a_long_call_is_not_split(kind: str, emulated: Session) -> None:
+def test_a_long_call_is_not_split(kind: str, emulated: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_prefill, "PREFILL_FROM", 71)
     expect_as_good(case(1, 70, 61, kind))
     assert {(d.kernel, d.grid[1]) for d in emulated.dispatches} == {("sparse_attention", 1)}
 

@@ -201,6 +201,7 @@ static void check_threadgroup(Event *e) {
     if (!v) out_of_bounds(e);
     e->space = THREADGROUP;
     e->owner = v->id;
+    report.threadgroup_traffic += e->bytes;
     for (uint i = 0; i < e->bytes; i++) {
         e->offset = offset + i - v->offset;
         check_cell(e, &threadgroup_cells[offset + i], request->allow_uninitialised);

@@ -54,7 +54,7 @@ typedef struct {
     int line;               // 0 if only `pc` is known
     uint pc;                // offset in the kernel's library
     uint thread[3], group[3];
-    uint64_t collectives, barriers, accesses, threadgroup_peak;
+    uint64_t collectives, barriers, accesses, threadgroup_peak, threadgroup_traffic;
     char reason[512];
 } Report;
 
