@@ -14,6 +14,7 @@ from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
 from .key_row import key_row
+from .packed_rows import pack_keys, pack_rows, unpack_keys, unpack_rows
 from .project_f32 import project_f32
 from .query_rope import query_rope
 from .rms_norm import rms_norm
@@ -53,6 +54,7 @@ def cases() -> Iterator[Case]:
             yield from _index(real, dtype)
             yield from _attention(real, dtype)
             yield from _experts(real, dtype)
+        yield from _packed_rows(real)
 
 
 def ops() -> list[str]:
@@ -144,6 +146,32 @@ def _attention(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     yield Case("sparse_attention", f"{label}, window", lambda: attend(None, None), real=real)
     yield Case("sparse_attention", f"{label}, all rows", lambda: attend(rows, None), real=real)
     yield Case("sparse_attention", f"{label}, picked rows", lambda: attend(rows, picks), real=real)
+
+
+def _packed_rows(real: bool) -> Iterator[Case]:
+    """Written and read; what is written is compared as the numbers it stands for."""
+    T, H, K, P, J, S = (1, 64, 512, 64, 128, 2048) if real else (3, 5, 140, 12, 64, 130)
+    label, dtype, (cos, sin) = f"{_label(real, mx.bfloat16)}, packed", mx.bfloat16, _rotation(T, P // 2)
+    kv, sink = _normal(1, T, K, dtype=dtype), _normal(H)
+    window, rows = (pack_rows(_normal(1, n, K, dtype=dtype), P) for n in (127 + T, S))
+    pool, gate, keys = _normal(1, T, 8, J), _normal(1, T, 8, J, seed=1), pack_keys(_normal(1, S, J, dtype=dtype))
+    q, index_q, w = _normal(1, T, H, K, dtype=dtype), _normal(1, T, H, J, dtype=dtype), _normal(1, T, H)
+
+    def write_row() -> mx.array:
+        return unpack_rows(key_row(kv, mx.ones(K), cos, sin, EPS, True, True), K, P).astype(dtype)
+
+    def write_key() -> mx.array:
+        return unpack_keys(compress(pool, gate, mx.ones(J), cos, sin, EPS, dtype, "fp4", True), J).astype(dtype)
+
+    def attend() -> mx.array:
+        return sparse_attention(
+            q, window, rows, None, sink, cos, sin, position=4 * S, ratio=4, window_size=128
+        )  # fmt: skip
+
+    yield Case("key_row", label, write_row, rounds=True, real=real)
+    yield Case("compress", f"{label}, index keys", write_key, rounds=True, real=real)
+    yield Case("index_scores", label, lambda: index_scores(index_q, w, keys), real=real)
+    yield Case("sparse_attention", label, attend, real=real)
 
 
 def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
