@@ -15,6 +15,7 @@ from .index_query import index_query
 from .index_scores import index_scores
 from .index_topk import index_topk
 from .latents import latents
+from .packed_rows import pack_keys, pack_rows, unpack_keys, unpack_rows
 from .project_f32 import project_f32
 from .query_rope import query_rope
 from .route import route, route_hash
@@ -56,6 +57,7 @@ def cases() -> Iterator[Case]:
             yield from _attention_prefill(real, dtype)
             yield from _experts(real, dtype)
             yield from _experts_prefill(real, dtype)
+        yield from _packed_rows(real)
 
 
 def ops() -> list[str]:
@@ -108,13 +110,22 @@ def _rows(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
 
 
 def _compress(
-    R: int, overlap: bool, weight: mx.array, cos: mx.array, sin: mx.array, dtype: mx.Dtype, quant: Quant
+    R: int,
+    overlap: bool,
+    weight: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    dtype: mx.Dtype,
+    quant: Quant,
+    packed: bool = False,
 ) -> Callable[[], mx.array]:
     """As many groups as there are angles, with one before them, in a ring that ends within a group."""
     S, channels = cos.shape[0], (1 + overlap) * weight.size
     tokens, ape = _normal(1, (S + 1) * R, 2 * channels + 1), _normal(R, channels)
-    columns = {"kv": 1, "gate": 1 + channels}
-    return lambda: compress(tokens, ape, weight, cos, sin, EPS, dtype, quant, start=R - 1, before=True, **columns)
+    kv, gate, start = 1, 1 + channels, R - 1
+    return lambda: compress(
+        tokens, ape, weight, cos, sin, EPS, dtype, quant, packed, kv=kv, gate=gate, start=start, before=True
+    )
 
 
 def route_by_expert(logits: mx.array, bias: mx.array, k: int) -> mx.array:
@@ -162,6 +173,32 @@ def _attend(
 
     for keys, arrays in (("window", (None, None)), ("all rows", (rows, None)), ("picked rows", (rows, picks))):
         yield Case(op, f"{label}, {keys}", lambda arrays=arrays: attend(*arrays), real=real, large=large)  # type: ignore[misc]
+
+
+def _packed_rows(real: bool) -> Iterator[Case]:
+    """Written and read; what is written is compared as the numbers it stands for."""
+    T, H, K, P, J, S = (1, 64, 512, 64, 128, 2048) if real else (3, 5, 140, 12, 64, 130)
+    label, dtype, (cos, sin) = f"{_label(real, mx.bfloat16)}, packed", mx.bfloat16, _rotation(T, P // 2)
+    kv, sink = _normal(1, T, K, dtype=dtype), _normal(H)
+    window, rows = (pack_rows(_normal(1, n, K, dtype=dtype), P) for n in (127 + T, S))
+    keys = pack_keys(_normal(1, S, J, dtype=dtype))
+    q, index_q, w = _normal(1, T, H, K, dtype=dtype), _normal(1, T, H, J, dtype=dtype), _normal(1, T, H)
+
+    def write_row() -> mx.array:
+        row = latents(kv, kv, mx.ones(K), mx.ones(K), cos, sin, EPS, True, True)[1]
+        return unpack_rows(row, K, P).astype(dtype)
+
+    write_key = _compress(4, True, mx.ones(J), cos, sin, dtype, "fp4", True)
+
+    def attend() -> mx.array:
+        return sparse_attention(
+            q, window, rows, None, sink, cos, sin, position=4 * S, ratio=4, window_size=128
+        )  # fmt: skip
+
+    yield Case("latents", label, write_row, rounds=True, real=real)
+    yield Case("compress", f"{label}, index keys", lambda: unpack_keys(write_key(), J), rounds=True, real=real)
+    yield Case("index_scores", label, lambda: index_scores(index_q, w, keys), real=real)
+    yield Case("sparse_attention", label, attend, real=real)
 
 
 def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:

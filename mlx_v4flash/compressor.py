@@ -36,7 +36,7 @@ class Compressor(nn.Module):
         self.ape = mx.zeros((ratio, channels))
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.ratio = ratio
-        self._columns = {"kv": first, "gate": first + channels}
+        self._kv, self._gate = first, first + channels
         self.end = first + 2 * channels
         self._dtype, self._packed = numerics.dtype, numerics.packed_caches
         self._quant: Quant = ("fp4" if index else "fp8") if numerics.simulate_cache_quant else "none"
@@ -48,7 +48,7 @@ class Compressor(nn.Module):
             rows.append(
                 compress(
                     groups.tokens, self.ape, self.norm.weight, cos, sin, self.norm.eps, self._dtype, self._quant,
-                    self._packed, start=groups.start, before=groups.before, **self._columns,
+                    self._packed, kv=self._kv, gate=self._gate, start=groups.start, before=groups.before,
                 )
             )  # fmt: skip
         return rows.all()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -96,7 +96,7 @@ def stacked_linear(layer: Linear, x: mx.array, sizes: Sequence[int]) -> list[mx.
     """
     ends = list(accumulate(sizes))
     if x.size == x.shape[-1]:
-        return mx.split(layer(x), ends[:-1], axis=-1)
+        return list(mx.split(layer(x), ends[:-1], axis=-1))
     return [_part(layer, x, slice(*rows)) for rows in pairwise([0, *ends])]
 
 

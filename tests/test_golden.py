@@ -142,9 +142,9 @@ def test_intermediates(traced: tuple[str, Model, Trace]) -> None:
             close(args[0][0, -1], f"last.{part}_in", number)
             close(out[0, -1], f"last.{part}_out", number)
         if layer.attn.ratio:
-            close(trace.cache[number].attn.rows.all()[0], f"layers.{number}.compressed")
+            close(trace.cache[number].attn.all()[0], f"layers.{number}.compressed")
         if layer.attn.indexer is not None:
-            keys = trace.cache[number].index.rows.all()[0]
+            keys = trace.cache[number].index.all()[0]
             keys = keys if m.numerics.simulate_cache_quant else mx.hadamard_transform(keys)
             close(keys, f"layers.{number}.index_keys")
     close(trace.streams[-1][0, -1], "last.streams", len(m.layers))
