@@ -35,7 +35,7 @@ def wrong(rule: str, what: str, file: str, *texts: str, too_small: bool = False)
 
 OPS, MODEL = "metal_kernels", "mlx_v4flash"
 MIX, EXPAND, COLLAPSE = f"{OPS}/stream_mix.py", f"{OPS}/stream_expand.py", f"{OPS}/stream_collapse.py"
-ATTEND, ROPE, POOL, KEY_ROW = f"{OPS}/sparse_attention.py", f"{OPS}/rope.py", f"{OPS}/compress.py", f"{OPS}/key_row.py"
+ATTEND, ROPE, POOL, LATENTS = f"{OPS}/sparse_attention.py", f"{OPS}/rope.py", f"{OPS}/compress.py", f"{OPS}/latents.py"
 QUERY, NORM, EXPERTS, ROUTE = f"{OPS}/query_rope.py", f"{OPS}/rms_norm.py", f"{OPS}/experts.py", f"{OPS}/route.py"
 SCORES, TOPK, INDEX_QUERY = f"{OPS}/index_scores.py", f"{OPS}/index_topk.py", f"{OPS}/index_query.py"
 ROUND, ATTENTION, TABLES = f"{OPS}/round_trip.py", f"{MODEL}/attention.py", f"{MODEL}/rope.py"
@@ -107,51 +107,53 @@ ROTATION = [
 ]  # fmt: skip
 
 COMPRESSION = [
-    wrong("5", "no overlap between groups", COMPRESSOR,
-          "mx.concatenate([before_kv, own_kv[1]], axis=2), mx.concatenate([before_gate, own_gate[1]], axis=2)",
-          "own_kv[1], own_gate[1]"),
-    wrong("5", "halves of the overlap swapped", COMPRESSOR, "(mx.split(a, 2, axis=-1) for a",
-          "(mx.split(a, 2, axis=-1)[::-1] for a"),
-    wrong("5", "first halves kept in their own group", COMPRESSOR,
-          "[last_kv[:, None], own_kv[0][:, :-1]]", "[own_kv[0]]",
-          "[last_gate[:, None], own_gate[0][:, :-1]]", "[own_gate[0]]"),
-    wrong("5", "last group forgotten between calls", COMPRESSOR, "= cache.last_kv, cache.last_gate\n",
-          "= None, None\n"),
-    wrong("5", "absent group before the first takes part", COMPRESSOR, "mx.full(last_kv.shape, -mx.inf)",
-          "mx.zeros_like(last_kv)"),
-    wrong("5", "a softmax for each half of the candidates", POOL, "mx.softmax(gate, axis=2)",
-          "(0.5 * mx.nan_to_num(mx.softmax(gate.reshape(*gate.shape[:2], 2, -1, gate.shape[3]), axis=3))"
-          ").reshape(gate.shape)"),
+    wrong("5", "no overlap between groups", POOL, "mx.concatenate([last_values, values[:, 1:, :, K:]], axis=2)",
+          "values[:, 1:, :, K:]", "mx.concatenate([last_gates, gates[:, 1:, :, K:]], axis=2)", "gates[:, 1:, :, K:]"),
+    wrong("5", "halves of the overlap swapped", POOL, "values[:, :-1, :, :K], gates[:, :-1, :, :K]",
+          "values[:, :-1, :, K:], gates[:, :-1, :, K:]", "values[:, 1:, :, K:]]", "values[:, 1:, :, :K]]",
+          "gates[:, 1:, :, K:]]", "gates[:, 1:, :, :K]]"),
+    wrong("5", "first halves kept in their own group", POOL, "values[:, :-1, :, :K], gates[:, :-1, :, :K]",
+          "values[:, 1:, :, :K], gates[:, 1:, :, :K]"),
+    wrong("5", "last group forgotten between calls", CACHE, "before = start % R, n > R and start >= R",
+          "before = start % R, False"),
+    wrong("5", "absent group before the first takes part", POOL, "-mx.inf), last_gates[:, 1:]",
+          "0.0), last_gates[:, 1:]"),
+    wrong("5", "ring of tokens one group late", CACHE, "(start + 1 - R) % n", "(start + 1) % n"),
+    wrong("5", "a softmax for each half of the candidates", POOL, "mx.softmax(gates, axis=2)",
+          "(0.5 * mx.nan_to_num(mx.softmax(gates.reshape(*gates.shape[:2], 2, -1, gates.shape[3]), axis=3))"
+          ").reshape(gates.shape)"),
     wrong("5", "row at the position of its last token", TABLES, "first * ratio, count",
           "(first + 1) * ratio - 1, count"),
     wrong("5", "row at its own number", TABLES, "first * ratio, count, ratio", "first, count, 1"),
-    wrong("5", "ape ignored", COMPRESSOR, " + self.ape[slots]", ""),
-    wrong("5", "slots counted from the start of the call", COMPRESSOR, "rotations.position % self.ratio)", "0)"),
-    wrong("5", "one softmax for all channels", POOL, "mx.softmax(gate, axis=2)",
-          "mx.softmax(gate.mean(axis=3, keepdims=True), axis=2)"),
+    wrong("5", "ape ignored", POOL, ".reshape(split) + ape", ".reshape(split)"),
+    wrong("5", "groups counted from the start of the call", CACHE, "open_tokens, before = start % R,",
+          "open_tokens, before = 0,"),
+    wrong("5", "one softmax for all channels", POOL, "mx.softmax(gates, axis=2)",
+          "mx.softmax(gates.mean(axis=3, keepdims=True), axis=2)"),
     wrong("5", "rotated before the norm", POOL, "rope_reference(rms_norm(pooled, weight, eps), cos, sin)",
           "rms_norm(rope_reference(pooled, cos, sin), weight, eps)"),
     wrong("5", "no norm of compressed rows", POOL, "rms_norm(pooled, weight, eps)", "pooled"),
-    wrong("5", "open group forgets its oldest token", CACHE, "kv = mx.concatenate([self.open_kv, kv], axis=1)",
-          "kv = mx.concatenate([mx.roll(self.open_kv, 1, 1), kv], axis=1)"),
+    wrong("5", "open group forgets its oldest token", CACHE, "kept = open_tokens + R * before",
+          "kept = max(open_tokens - 1, 0) + R * before"),
 ]  # fmt: skip
 
 VISIBILITY = [
     wrong("6", "HCA rows visible one token late", ATTEND, "((positions + 1) // ratio)", "(positions // ratio)"),
     wrong("6", "HCA rows visible one token early", ATTEND, "((positions + 1) // ratio)", "((positions + 2) // ratio)"),
-    wrong("6", "CSA rows visible one token late", COMPRESSOR, "rotations.position + 1) //", "rotations.position) //"),
-    wrong("6", "CSA rows visible one token early", COMPRESSOR, "rotations.position + 1) //",
-          "rotations.position + 2) //"),
+    wrong("6", "CSA rows visible one token late", COMPRESSOR, "rotations.position + t + 1) //",
+          "rotations.position + t) //"),
+    wrong("6", "CSA rows visible one token early", COMPRESSOR, "rotations.position + t + 1) //",
+          "rotations.position + t + 2) //"),
     wrong("6", "window of 127", ATTEND, "(age < window_size)", "(age < window_size - 1)"),
     wrong("6", "window of 129", ATTEND, "(age < window_size)", "(age <= window_size)",
           "start - window_size + 1)", "start - window_size)"),
     wrong("6", "window without the current token", ATTEND, "(age >= 0)", "(age > 0)"),
     wrong("6", "window with the next token", ATTEND, "(age >= 0)", "(age >= -1)"),
-    wrong("6", "window loses its oldest row between chunks", CACHE, "W - min(start, W - 1) :]",
-          "W - min(start, W - 2) :]"),
-    wrong("6", "new row in the wrong place of the ring", CACHE, "mx.array([start % W])", "mx.array([(start + 1) % W])"),
-    wrong("6", "ring of a chunk turned by one", CACHE, "mx.roll(last, self.position % W, 1)",
-          "mx.roll(last, self.position % W + 1, 1)"),
+    wrong("6", "window loses its oldest row between chunks", CACHE, "min(start, W - 1)), rows]",
+          "min(start, W - 2)), rows]"),
+    wrong("6", "new row in the wrong place of the ring", CACHE, "rows, start % W)", "rows, (start + 1) % W)"),
+    wrong("6", "ring of a chunk turned by one", CACHE, "_ring(seen, W, start + T)",
+          "_ring(seen, W, start + T + 1)"),
     wrong("6", "softmax of window and rows apart", ATTEND, "mx.softmax(mx.concatenate(logits, axis=-1), axis=-1)",
           "mx.concatenate([mx.softmax(mx.concatenate(logits[:2], axis=-1), axis=-1)]"
           " + [mx.nan_to_num(mx.softmax(a, axis=-1)) for a in logits[2:]], axis=-1)"),
@@ -167,8 +169,8 @@ QUERIES = [
     wrong("7", "no norm per head", QUERY, "rms_norm(q, None, eps)", "q"),
     wrong("7", "one norm over all heads", QUERY, "rms_norm(q, None, eps)",
           "rms_norm(q.flatten(-2), None, eps).reshape(q.shape)"),
-    wrong("7", "no norm of the latent", ATTENTION, "self.q_norm(self.wq_a(rounded))", "self.wq_a(rounded)"),
-    wrong("7", "no norm of the key", KEY_ROW, "rms_norm(kv, weight, eps)", "kv"),
+    wrong("7", "no norm of the latent", LATENTS, "return rms_norm(q, q_weight, eps), row", "return q, row"),
+    wrong("7", "no norm of the key", LATENTS, "rms_norm(kv, kv_weight, eps)", "kv"),
     wrong("7", "norms times 1 + w", NORM, "weight.astype(mx.float32)\n", "1 + weight.astype(mx.float32)\n"),
 ]  # fmt: skip
 
@@ -216,13 +218,13 @@ ROUTING = [
 ]  # fmt: skip
 
 FORMATS = [
-    wrong("10", "nibbles swapped", WEIGHTS, "    array = array if stacked else array[0]\n",
-          "    array = (array >> 4 & 0x0F0F0F0F | (array & 0x0F0F0F0F) << 4) if tensors[0].dtype == 'I8' else array\n"
-          "    array = array if stacked else array[0]\n"),
+    wrong("10", "nibbles swapped", WEIGHTS, "    array = _read(tensors, experts, dtype, readers)\n",
+          "    array = _read(tensors, experts, dtype, readers)\n"
+          "    array = (array >> 4 & 0x0F0F0F0F | (array & 0x0F0F0F0F) << 4) if tensors[0].dtype == 'I8' else array\n"),
     wrong("10", "E8M0 as 2^(v - 126)", CHECKPOINT, "codes, bad = values,", "codes, bad = values + 1,"),
     wrong("10", "E8M0 of the experts as 2^(v - 128)", WEIGHTS,
-          "    list(readers.map(read_into, tensors, host))\n",
-          "    list(readers.map(read_into, tensors, host))\n    host -= 1 if check_scales else 0\n"),
+          "    list(readers.map(read_into, tensors, parts))\n",
+          "    list(readers.map(read_into, tensors, parts))\n    host -= 1 if check_scales else 0\n"),
     wrong("10", "one FP8 scale for each matrix", WEIGHTS, "scale_bytes(read(tensor), tensor.name)\n",
           "np.full_like(s := scale_bytes(read(tensor), tensor.name), s[0, 0])\n"),
     wrong("10", "wo_a with its groups interleaved", LINEAR, "layer.weight.reshape(G, -1, layer.weight.shape[-1])",
@@ -246,8 +248,8 @@ INDEXER = [
     wrong("indexer", "ReLU after the sum over heads", SCORES, "mx.maximum(q @ part.swapaxes(1, 2), 0)",
           "(q @ part.swapaxes(1, 2))", "(w[:, :, None] @ dots)[:, :, 0]",
           "mx.maximum((w[:, :, None] @ dots)[:, :, 0], 0)"),
-    wrong("indexer", "head weights ignored", COMPRESSOR, "w = self.weights_proj(x)",
-          "w = mx.ones_like(self.weights_proj(x))"),
+    wrong("indexer", "head weights ignored", COMPRESSOR, "w, scale = projected[..., self._weights],",
+          "w, scale = mx.ones_like(projected[..., self._weights]),"),
     wrong("indexer", "queries not rotated", INDEX_QUERY, "q = rope_reference(q, cos, sin)", "q = q"),
     wrong("indexer", "queries normalised per head", INDEX_QUERY, "q = rope_reference(q, cos, sin)",
           "q = rope_reference(mx.fast.rms_norm(q, None, 1e-6), cos, sin)"),
@@ -255,12 +257,12 @@ INDEXER = [
 ]  # fmt: skip
 
 ROUNDING = [
-    wrong("FP8", "no round trip of rows", KEY_ROW, "[fp8_round_trip_reference(still, FP8_BLOCK), turned]",
+    wrong("FP8", "no round trip of rows", LATENTS, "[fp8_round_trip_reference(still, FP8_BLOCK), turned]",
           "[still, turned]"),
     wrong("FP8", "window rows only", COMPRESSOR, '("fp4" if index else "fp8")', '("fp4" if index else "none")'),
-    wrong("FP8", "compressed rows only", KEY_ROW,
-          "return fp8_except_rotated(row, 2 * cos.shape[-1]) if fp8 else row", "return row"),
-    wrong("FP8", "rotated dimensions rounded too", KEY_ROW,
+    wrong("FP8", "compressed rows only", LATENTS,
+          "row = fp8_except_rotated(row, 2 * cos.shape[-1])", "pass"),
+    wrong("FP8", "rotated dimensions rounded too", LATENTS,
           "mx.concatenate([fp8_round_trip_reference(still, FP8_BLOCK), turned], axis=-1)",
           "fp8_round_trip_reference(row, FP8_BLOCK)"),
     wrong("FP8", "blocks of 32", ROUND, "FP8_BLOCK = 64", "FP8_BLOCK = 32", too_small=True),
@@ -286,14 +288,16 @@ ROUNDING = [
           "grouped_linear(self.wo_a, self._round_input(o.reshape(B, T, c.o_groups, -1)))"),
     wrong("inputs", "wo_b's not rounded", ATTENTION, "self.wo_b(self._round_input(z))", "self.wo_b(z)"),
     wrong("inputs", "the router's rounded", MOE, "self.gate(flat,", "self.gate(self._round_input(flat),"),
-    wrong("inputs", "the compressors' rounded", ATTENTION, "self.compressor(x,", "self.compressor(rounded,"),
+    wrong("inputs", "the compressors' rounded", ATTENTION, "self.wcompress(x)",
+          "self.wcompress(self._round_input(x))"),
     wrong("inputs", "w2's of the shared expert not rounded", RESIDENT, "self.w2(self._round_input(h))", "self.w2(h)"),
     wrong("inputs", "w2's of the routed experts not rounded", RESIDENT, "expert_down(self._round_input(h),",
           "expert_down(h,"),
     wrong("inputs", "w2's of few pairs not rounded", RESIDENT, "expert_down_sum(self._round_input(h),",
           "expert_down_sum(h,"),
-    wrong("inputs", "the indexer queries' not rounded", ATTENTION, "self.indexer(x, rounded_qr,",
-          "self.indexer(x, qr,", too_small=True),
+    wrong("inputs", "the indexer queries' not rounded", ATTENTION, "= stacked_linear(self.wq_b, self._round_input(qr), self._queries)",
+          "= [stacked_linear(self.wq_b, a, self._queries)[i] for i, a in enumerate([self._round_input(qr), qr]"
+          "[: len(self._queries)])]", too_small=True),
 ]  # fmt: skip
 
 MISTAKES = [

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from metal_kernels import key_row
 from mlx_v4flash import Model, load_model
+from mlx_v4flash.attention import Attention
 from mlx_v4flash.cache import LayerCache
-from mlx_v4flash.compressor import Compressor
 from mlx_v4flash.config import ModelConfig
 from mlx_v4flash.linear import Numerics
 from mlx_v4flash.rope import RotaryTables
@@ -44,7 +43,7 @@ def ids_of(model: Model, count: int) -> mx.array:
 
 def rows_of(cache: list[LayerCache]) -> list[mx.array]:
     """Windows, compressed rows and index keys."""
-    sides = [side.rows.buffer for c in cache for side in (c.attn, c.index) if side is not None]
+    sides = [side.buffer for c in cache for side in (c.attn, c.index) if side is not None]
     return [a for a in [*(c.window for c in cache), *sides] if a is not None]
 
 
@@ -93,16 +92,12 @@ def test_bytes_of_the_model() -> None:
     """Spec 10.2: what the caches of V4-Flash hold after 128 tokens, from its own compressors, layer by layer."""
     config, numerics = ModelConfig.from_dict(REAL), Numerics()
     rotations = RotaryTables(config).at(0, 128)
-    x, cos_sin = mx.zeros((1, 128, config.hidden_size), mx.bfloat16), rotations.tokens(True)
-    rows, K = {}, config.head_dim
-    for ratio in (4, 128):
+    x, rows = mx.zeros((1, 128, config.hidden_size), mx.bfloat16), {}
+    for ratio in (0, 4, 128):
         cache = LayerCache(config.sliding_window, ratio)
-        widths = [(K, False), (config.index_head_dim, True)][: 2 if ratio == 4 else 1]
-        for side, (width, index) in zip((cache.attn, cache.index), widths, strict=False):
-            held = Compressor(config, numerics, ratio, width, index)(x, side, rotations)
-            rows[ratio] = rows.get(ratio, 0) + held.nbytes
-    window = LayerCache(config.sliding_window, 0)
-    window.extend_window(key_row(mx.zeros((1, 128, K), mx.bfloat16), mx.ones(K), *cos_sin, 1e-6, True, True))
+        Attention(config, numerics, ratio)(x, cache, rotations)
+        rows[ratio] = sum(side.all().nbytes for side in (cache.attn, cache.index) if side is not None)
+        window = cache.window
     ratios = config.compress_ratios
-    assert sum(rows.get(ratio, 0) for ratio in ratios) / 128 == 3514.25
+    assert sum(rows[ratio] for ratio in ratios) / 128 == 3514.25
     assert len(ratios) * window.nbytes == 3_214_336

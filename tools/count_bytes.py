@@ -72,14 +72,12 @@ def cache_at(model: Model, number: int, context: int, packed: bool) -> LayerCach
     row, key = (row_bytes(K, c.qk_rope_head_dim), key_bytes(J)) if packed else (K, J)
     cache.position = context + PAST
     cache.window = mx.zeros((1, c.sliding_window, row), kind)
-    for side, size, width in ((cache.attn, row, K), (cache.index, key, J)):
+    for side, size in ((cache.attn, row), (cache.index, key)):
         if side is not None:
-            side.rows.append(mx.zeros((1, cache.position // cache.ratio, size), kind))
-            overlap = 2 if cache.ratio == 4 else 1
-            open_tokens = cache.position % cache.ratio
-            side.open_kv = side.open_gate = mx.zeros((1, open_tokens, overlap * width))
-            if overlap == 2:
-                side.last_kv = side.last_gate = mx.zeros((1, cache.ratio, width))
+            side.append(mx.zeros((1, cache.position // cache.ratio, size), kind))
+    if cache.ratio:
+        kept = cache.ratio * (2 if cache.ratio == 4 else 1)
+        cache.recent = mx.zeros((1, kept, model.layers[number].attn.wcompress.weight.shape[0]))
     return cache
 
 

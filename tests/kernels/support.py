@@ -15,7 +15,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_kernels import KernelError
+import metal_kernels
+from metal_kernels import KernelError, latents
+from metal_kernels.compress import compress_reference as compress_tokens_reference
+from metal_kernels.latents import latents_reference
 
 # Largest relative root-mean-square error. They tell accumulation in float32 from accumulation in the low type.
 BOUNDS = {mx.float32: 5e-6, mx.float16: 5e-4, mx.bfloat16: 3e-3}
@@ -155,6 +158,42 @@ def hadamard_expected(x: np.ndarray) -> np.ndarray:
     J = x.shape[-1]
     matrix = np.array([[(-1) ** (i & j).bit_count() for j in range(J)] for i in range(J)])
     return x @ matrix / np.sqrt(J)
+
+
+# --- parts of ops as ops of their own -----------------------------------------------------------------
+
+
+def key_row(
+    kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool, packed: bool = False
+) -> mx.array:
+    """The row of the window that `latents` makes; the latent beside it does not matter."""
+    return latents(mx.ones((*kv.shape[:-1], 2), kv.dtype), kv, mx.ones(2), weight, cos, sin, eps, fp8, packed)[1]
+
+
+def key_row_reference(
+    kv: mx.array, weight: mx.array, cos: mx.array, sin: mx.array, eps: float, fp8: bool, packed: bool = False
+) -> mx.array:
+    q = mx.ones((*kv.shape[:-1], 2), kv.dtype)
+    return latents_reference(q, kv, mx.ones(2), weight, cos, sin, eps, fp8, packed)[1]
+
+
+def compress(kv: mx.array, gate: mx.array, *rest: Any, ape: mx.array | None = None) -> mx.array:
+    """The op for candidates [B, S, M, K] of groups that do not overlap."""
+    return metal_kernels.compress(*_as_tokens(kv, gate, ape), *rest, **_columns(kv))
+
+
+def compress_reference(kv: mx.array, gate: mx.array, *rest: Any) -> mx.array:
+    return compress_tokens_reference(*_as_tokens(kv, gate), *rest, **_columns(kv))
+
+
+def _as_tokens(kv: mx.array, gate: mx.array, ape: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    B, S, M, K = kv.shape
+    tokens = mx.concatenate([kv.reshape(B, S * M, K), gate.reshape(B, S * M, K)], axis=-1)
+    return tokens, mx.zeros((M, K)) if ape is None else ape
+
+
+def _columns(kv: mx.array) -> dict[str, int]:
+    return {"kv": 0, "gate": kv.shape[-1], "start": 0, "before": False}
 
 
 # --- running and comparing --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support import (
     FLOATS,
+    compress,
     dtype_name,
     expect_equal,
     expect_match,
@@ -25,7 +26,7 @@ from support import (
     wide,
 )
 
-from metal_kernels import compress
+from metal_kernels import compress as compress_tokens
 
 EPS = 1e-6
 # The transform rounds after each of its steps, not once.
@@ -158,20 +159,55 @@ def test_a_row_of_a_batch_equals_that_row_alone(quant: str) -> None:
         expect_equal(compress(kv[row], gate[row], weight, cos, sin, EPS, mx.bfloat16, quant), together[row])
 
 
+TOKENS = {"kv": 3, "gate": 3 + 2 * 70, "start": 5, "before": True}
+
+
+def overlapping(B: int, n: int, S: int, K: int = 70) -> tuple[mx.array, ...]:
+    """Tokens of two halves each, in groups of 4, and columns that are not theirs."""
+    return normal(B, n, 4 * K + 5), normal(4, 2 * K), normal(K), *rotation(np.arange(S) * 4, 3)
+
+
+def row_of(tokens: mx.array, ape: mx.array, K: int, first: int, before: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Values and gates of the 8 candidates of the group whose first token is in row `first`; rows go round."""
+    values, gates, n = [], [], tokens.shape[1]
+    for m in range(8):
+        row, half = tokens[:, (first - 4 + m) % n], slice(m // 4 * K, m // 4 * K + K)
+        values.append(wide(row)[:, 3:][:, half])
+        gates.append(wide(row)[:, 3 + 2 * K :][:, half] + wide(ape)[m % 4, half])
+        if m < 4 and not before:
+            gates[-1] = np.full_like(gates[-1], -np.inf)
+    return np.stack(values, 1), np.stack(gates, 1)
+
+
+@sizes("n S", (20, 3), (8, 1), (16, 2))
+@pytest.mark.parametrize("start", [4, 5, 0, 7])
+@pytest.mark.parametrize("before", [True, False])
+def test_overlapping_groups_of_tokens_that_go_round(n: int, S: int, start: int, before: bool) -> None:
+    tokens, ape, weight, cos, sin = args = overlapping(2, n, S)
+    found = run(compress_tokens, *args, EPS, mx.float32, "none", **{**TOKENS, "start": start, "before": before})
+    rows = [row_of(tokens, ape, 70, start + 4 * s, before or s > 0) for s in range(S)]
+    kv, gate = (mx.array(np.stack(part, 1).astype(np.float32)) for part in zip(*rows, strict=True))
+    expect_match(found, row_expected(kv, gate, weight, cos, sin, mx.float32), mx.float32)
+
+
+def test_ape_of_groups_that_do_not_overlap() -> None:
+    kv, gate, *rest = arrays(2, 3, 5, 70, 6)
+    ape = normal(5, 70)
+    expect_equal(
+        compress(kv, gate, *rest, EPS, mx.float32, "none", ape=ape),
+        compress(kv, gate + ape, *rest, EPS, mx.float32, "none"),
+    )
+
+
 def test_refuses_other_shapes() -> None:
-    kv, gate, weight, cos, sin = arrays(2, 3, 8, 70, 6)
+    tokens, ape, weight, cos, sin = overlapping(2, 12, 2)
     rest = (EPS, mx.float32, "none")
-    expect_refused("gate", compress, kv, gate[..., :1], weight, cos, sin, *rest)
-    expect_refused("gate", compress, kv, gate[:, :, :4], weight, cos, sin, *rest)
-    expect_refused("weight", compress, kv, gate, weight[:-1], cos, sin, *rest)
-    expect_refused("cos", compress, kv, gate, weight, cos[:2], sin[:2], *rest)
-
-
-def test_refuses_sines_of_another_shape() -> None:
-    kv, gate, weight, cos, sin = arrays(2, 3, 8, 70, 6)
-    expect_refused("sin", compress, kv, gate, weight, cos, sin[:1], EPS, mx.float32, "none")
+    expect_refused("ape", compress_tokens, tokens, ape[:, :-1], weight, cos, sin, *rest, **TOKENS)
+    expect_refused("weight", compress_tokens, tokens, ape, weight[None], cos, sin, *rest, **TOKENS)
+    expect_refused("tokens", compress_tokens, tokens[..., :280], ape, weight, cos, sin, *rest, **TOKENS)
+    expect_refused("sin", compress_tokens, tokens, ape, weight, cos, sin[:1], *rest, **TOKENS)
 
 
 @pytest.mark.parametrize(("quant", "K"), [("fp8", 68), ("fp4", 48)])
 def test_refuses_a_part_of_a_block(quant: str, K: int) -> None:
-    expect_refused("kv", compress, *arrays(2, 3, 8, K, 6), EPS, mx.float32, quant)
+    expect_refused("weight", compress, *arrays(2, 3, 8, K, 6), EPS, mx.float32, quant)

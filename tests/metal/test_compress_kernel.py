@@ -8,10 +8,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from emulator import emulate
-from support import FLOATS, expect_equal, expect_match, expect_same, normal, rotation, run, sizes, wide
+from support import (
+    FLOATS,
+    compress,
+    compress_reference,
+    expect_equal,
+    expect_match,
+    expect_same,
+    normal,
+    rotation,
+    run,
+    sizes,
+    wide,
+)
 
-from metal_kernels import KernelError, compress, kernels
-from metal_kernels.compress import MAX_THREADS, compress_reference
+from metal_kernels import KernelError, kernels
+from metal_kernels import compress as compress_tokens
+from metal_kernels.compress import MAX_THREADS
+from metal_kernels.compress import compress_reference as compress_tokens_reference
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -95,8 +109,31 @@ def test_size_of_the_model(M: int, K: int, quant: str, threads: int) -> None:
         expect_rows(compress(*args, EPS, mx.bfloat16, quant), args, mx.bfloat16, quant)
     (launch,) = session.dispatches
     assert (launch.grid, launch.threadgroup, launch.threadgroup_bytes) == ((threads, 2, 1), (threads, 1, 1), 4 * K)
-    assert launch.traffic["kv"].read_bytes == args[0].nbytes
-    assert launch.traffic["gate"].read_bytes == 2 * args[1].nbytes
+    assert launch.traffic["tokens"].read_bytes == args[0].nbytes + 2 * args[1].nbytes
+
+
+@sizes("n S", (8, 1), (20, 3))
+@pytest.mark.parametrize("start", [4, 7, 0])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("quant", "K"), [("fp8", 134), ("fp4", 128)])
+def test_overlapping_groups_of_tokens_that_go_round(
+    n: int, S: int, start: int, before: bool, quant: str, K: int
+) -> None:
+    """As a decode step has them in a ring, beside columns of others."""
+    args = (
+        normal(2, n, 4 * K + 5),
+        normal(4, 2 * K),
+        normal(K),
+        *rotation(np.arange(S) * 4, 3),
+        EPS,
+        mx.bfloat16,
+        quant,
+    )
+    place = {"kv": 3, "gate": 3 + 2 * K, "start": start, "before": before}
+    found, expected = run(compress_tokens, *args, **place), wide(compress_tokens_reference(*args, **place))
+    still = K - 6 if quant == "fp8" else K
+    expect_same(found[..., :still], expected[..., :still], share=0.005)
+    expect_match(found[..., still:], expected[..., still:], mx.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])

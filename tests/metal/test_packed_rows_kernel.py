@@ -9,12 +9,23 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from emulator import Session, emulate
-from support import expect_equal, expect_match, expect_same, normal, rotation, run, sizes, wide
+from support import (
+    compress,
+    compress_reference,
+    expect_equal,
+    expect_match,
+    expect_same,
+    key_row,
+    key_row_reference,
+    normal,
+    rotation,
+    run,
+    sizes,
+    wide,
+)
 
-from metal_kernels import KernelError, compress, index_scores, kernels, key_row, sparse_attention
-from metal_kernels.compress import compress_reference
+from metal_kernels import KernelError, index_scores, kernels, sparse_attention
 from metal_kernels.index_scores import index_scores_reference
-from metal_kernels.key_row import key_row_reference
 from metal_kernels.packed_rows import pack_keys, pack_rows, unpack_keys, unpack_rows
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -137,7 +148,7 @@ def test_a_broken_key_is_nan() -> None:
 
 @pytest.mark.parametrize(("dtype", "rounded"), [(mx.float16, True), (BF16, False)])
 def test_what_would_lose_bits_is_not_packed(dtype: mx.Dtype, rounded: bool) -> None:
-    with pytest.raises(KernelError, match="key_row: kv: expected rounded rows of bfloat16 to pack, found"):
+    with pytest.raises(KernelError, match="latents: kv: expected rounded rows of bfloat16 to pack, found"):
         key_row(normal(1, 2, 70, dtype=dtype), normal(70), *rotation(2, 3), EPS, rounded, True)
     with pytest.raises(KernelError, match="compress: dtype: expected rounded rows of bfloat16 to pack, found"):
         quant = "fp8" if rounded else "none"

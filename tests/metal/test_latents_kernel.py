@@ -1,4 +1,4 @@
-"""The kernel of key_row against its reference."""
+"""The kernel of latents against its reference: first the row of the window, then the latent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from emulator import emulate
-from support import FLOATS, expect_equal, expect_match, expect_same, normal, rotation, run, sizes, wide
+from support import (
+    FLOATS,
+    expect_equal,
+    expect_match,
+    expect_same,
+    key_row,
+    key_row_reference,
+    normal,
+    rotation,
+    run,
+    sizes,
+    wide,
+)
 
-from metal_kernels import KernelError, kernels, key_row
-from metal_kernels.key_row import key_row_reference
+from metal_kernels import KernelError, kernels, latents
+from metal_kernels.latents import latents_reference
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -86,7 +98,7 @@ def test_size_of_the_model(T: int) -> None:
     with emulate(counters=True) as session:
         expect_row(key_row(*args, EPS, True), args)
     (launch,) = session.dispatches
-    assert (launch.grid, launch.threadgroup, launch.threadgroup_bytes) == ((32, T, 1), (32, 8, 1), 0)
+    assert (launch.grid, launch.threadgroup, launch.threadgroup_bytes) == ((32, 2 * T, 1), (32, 2, 1), 0)
     assert launch.traffic["kv"].read_bytes == args[0].nbytes == launch.traffic["out"].write_bytes
 
 
@@ -122,7 +134,41 @@ def test_rows_that_are_not_contiguous() -> None:
 
 def test_what_is_not_covered() -> None:
     args = (*arrays(1, 2, 67, 6), EPS, False)
-    with pytest.raises(KernelError, match="key_row: the kernel covers an even number of dimensions"):
+    with pytest.raises(KernelError, match="latents: the kernel covers an even number of dimensions"):
         key_row(*args)
     with kernels("auto"):
         expect_equal(key_row(*args), key_row_reference(*args))
+
+
+def pair(B: int, T: int, Q: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    q, kv = normal(B, T, Q, dtype=dtype), normal(B, T, 70, dtype=dtype)
+    return q, kv, normal(Q), normal(70), *rotation(T, 3), EPS, False
+
+
+@FLOATS
+@sizes("B T Q", (1, 1, 1024), (2, 3, 66), (1, 1, 2), (1, 2, 4096), (3, 5, 130))
+def test_latent(B: int, T: int, Q: int, dtype: mx.Dtype) -> None:
+    args = pair(B, T, Q, dtype)
+    for found, expected in zip(run(latents, *args), latents_reference(*args), strict=True):
+        expect_match(found, wide(expected), dtype)
+
+
+@GPU
+def test_latent_as_a_gpu_may_run_it(changes: dict[str, Any]) -> None:
+    args = pair(2, 3, 66, mx.float32)
+    with emulate(**changes):
+        expect_match(latents(*args)[0], wide(latents_reference(*args)[0]), mx.float32)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+def test_latent_is_rounded_once(dtype: mx.Dtype) -> None:
+    args = pair(3, 7, 258, dtype)
+    expect_same(run(latents, *args)[0], wide(latents_reference(*args)[0]), share=0.002)
+
+
+def test_latent_with_nan_stays_alone() -> None:
+    q, *rest = pair(1, 3, 66, mx.float32)
+    q[0, 1, 7] = float("nan")
+    latent, row = latents(q, *rest)
+    lost = np.isnan(wide(latent))
+    assert lost[0, 1].all() and lost.sum() == 66 and np.isfinite(wide(row)).all()

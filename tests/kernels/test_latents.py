@@ -1,4 +1,4 @@
-"""key_row: norm, rotation of the last dimensions, FP8 round trip of the others."""
+"""latents: norm of the latent; norm, rotation of the last dimensions and FP8 round trip of the others of the row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from support import (
     expect_refused,
     expect_same,
     fp8_expected,
+    key_row,
     norm_expected,
     normal,
     rope_expected,
@@ -22,7 +23,7 @@ from support import (
     wide,
 )
 
-from metal_kernels import key_row
+from metal_kernels import latents
 
 EPS = 1e-6
 # K - P is a multiple of 64.
@@ -88,17 +89,35 @@ def test_a_row_of_a_batch_equals_that_row_alone() -> None:
         expect_equal(key_row(kv[b : b + 1], weight, cos, sin, EPS, True), together[b : b + 1])
 
 
+def test_latent_and_row_are_normalised_apart() -> None:
+    q, kv, (cos, sin) = normal(2, 5, 34), normal(2, 5, 70), rotation(5, 3)
+    q_weight, kv_weight = normal(34), normal(70)
+    latent, row = run(latents, q, kv, q_weight, kv_weight, cos, sin, EPS, True)
+    expect_match(latent, norm_expected(wide(q), wide(q_weight), EPS), mx.float32)
+    expect_equal(row, key_row(kv, kv_weight, cos, sin, EPS, True))
+    rest = (kv_weight, cos, sin, EPS, True)
+    expect_refused("q_weight", latents, q, kv, q_weight[:-1], *rest)
+    expect_refused("kv", latents, q[:, :4], kv, q_weight, *rest)
+
+
+def latents_row(kv: mx.array, *rest: object) -> None:
+    latents(mx.ones((*kv.shape[:-1], 2)), kv, mx.ones(2), *rest)
+
+
+latents_row.__name__ = "latents"  # which is what its errors are about
+
+
 def test_refuses_other_shapes() -> None:
     kv, weight, (cos, sin) = normal(1, 5, 70), normal(70), rotation(5, 3)
-    expect_refused("weight", key_row, kv, weight[:-1], cos, sin, EPS, True)
-    expect_refused("cos", key_row, kv, weight, cos[:4], sin, EPS, True)
+    expect_refused("kv_weight", latents_row, kv, weight[:-1], cos, sin, EPS, True)
+    expect_refused("cos", latents_row, kv, weight, cos[:4], sin, EPS, True)
 
 
 def test_refuses_sines_of_another_shape() -> None:
     kv, weight, (cos, sin) = normal(1, 5, 70), normal(70), rotation(5, 3)
-    expect_refused("sin", key_row, kv, weight, cos, sin[:1], EPS, True)
+    expect_refused("sin", latents_row, kv, weight, cos, sin[:1], EPS, True)
 
 
 def test_refuses_a_part_of_a_block() -> None:
     kv, weight, (cos, sin) = normal(1, 5, 70), normal(70), rotation(5, 4)
-    expect_refused("kv", key_row, kv, weight, cos, sin, EPS, True)
+    expect_refused("kv", latents_row, kv, weight, cos, sin, EPS, True)
