@@ -295,7 +295,8 @@ ROUNDING = [
           "expert_down(h,"),
     wrong("inputs", "w2's of few pairs not rounded", RESIDENT, "expert_down_sum(self._round_input(h),",
           "expert_down_sum(h,"),
-    wrong("inputs", "the indexer queries' not rounded", ATTENTION, "= stacked_linear(self.wq_b, self._round_input(qr), self._queries)",
+    wrong("inputs", "the indexer queries' not rounded", ATTENTION,
+          "= stacked_linear(self.wq_b, self._round_input(qr), self._queries)",
           "= [stacked_linear(self.wq_b, a, self._queries)[i] for i, a in enumerate([self._round_input(qr), qr]"
           "[: len(self._queries)])]", too_small=True),
 ]  # fmt: skip
