@@ -63,10 +63,10 @@ def guess_release(folder: Path) -> str:
     for file in sorted((folder / "encoding").glob("encoding_dsv4*.py")):
         later = "Beyond maximum" in file.read_text(encoding="utf-8", errors="replace")
         return "v4-0731" if later else "v4-preview"
-    # A downloaded repository lies two folders below the one with its name.
+    # A downloaded repository lies in a folder named after its commit, two below the one named after itself.
     path = folder.resolve()
-    names = [path.name, *(p.name for p in path.parents if p.name.startswith("models--"))]
-    return "v4-0731" if any(mark in name for name in names for mark in ("0731", "0813", "Vision-Exp")) else "v4-preview"
+    name = next((p.name for p in path.parents if p.name.startswith("models--")), path.name)
+    return "v4-0731" if any(part in name for part in ("0731", "0813", "Vision-Exp")) else "v4-preview"
 
 
 def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
@@ -132,8 +132,8 @@ class Encoding:
         Without tools the reasoning is dropped then, and the turn begins with another mark. A copy of the caches
         made at this point serves the next turn.
         """
-        drops = not tools and prompt[-1] == self.vocabulary.id_of(THINK)
-        return len(prompt) - 1 if drops else len(prompt)
+        think = self.vocabulary.id_of(THINK)
+        return len(prompt) if tools or think not in prompt else list(prompt).index(think)
 
     def parser(self, *, think: Think, tools: bool, continue_from: Mapping[str, Any] | None = None) -> OutputParser:
         """What reads the tokens generated after `prompt` with the same arguments.

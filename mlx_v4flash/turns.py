@@ -177,7 +177,10 @@ def _read_answer(
 ) -> AssistantTurn:
     found = message.get("reasoning_content", message.get("reasoning"))
     reasoning = None if found is None else text_of(found, f"{where}.reasoning_content")
-    calls = [_read_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(message.get("tool_calls") or ())]
+    listed = message.get("tool_calls") or []
+    if not isinstance(listed, list):
+        raise EncodingError(f"{where}.tool_calls: expected a list, found {listed!r}")
+    calls = [_read_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(listed)]
     is_open = bool(message.get("prefix"))
     if is_open and (calls or not is_last):
         raise EncodingError(
