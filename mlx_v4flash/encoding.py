@@ -117,6 +117,7 @@ class Encoding:
             think: how much the model thinks before it answers: "off", "low", "high" or "max".
             response_format: as OpenAI's interface has it. The model is told; nothing enforces it.
             drop_reasoning: False keeps all reasoning without tools, too.
+            opens_answer: False ends the prompt behind the last message.
             sampled: by position of an assistant message, the ids it was generated as (`OutputParser.sampled`). They
                 stand in the prompt as they are if its reasoning is there as it was then. So the prompt begins with
                 what the caches hold, where rendering the message again might choose other tokens.
@@ -161,6 +162,7 @@ class Encoding:
         think: Think = "high",
         response_format: Mapping[str, Any] | None = None,
         drop_reasoning: bool = True,
+        opens_answer: bool = True,
         sampled: Mapping[int, Sequence[int]] | None = None,
     ) -> list[Piece]:
         _check_think(think)
@@ -168,7 +170,9 @@ class Encoding:
             raise EncodingError("messages: expected at least one, found none")
         systems, turns = read_messages(messages, sampled or {})
         beginning = self._beginning(systems, tools, think, response_format or {})
-        return [*beginning, *write_turns(turns, think != "off", drop_reasoning and not tools)]
+        drops = drop_reasoning and not tools
+        rest = write_turns(turns, thinking=think != "off", drops_reasoning=drops, opens_answer=opens_answer)
+        return [*beginning, *rest]
 
     def _beginning(
         self,

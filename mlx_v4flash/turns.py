@@ -107,11 +107,14 @@ def read_messages(
     return systems, turns
 
 
-def write_turns(turns: Sequence[Turn], thinking: bool, drops_reasoning: bool) -> list[Piece]:
+def write_turns(
+    turns: Sequence[Turn], *, thinking: bool, drops_reasoning: bool, opens_answer: bool = True
+) -> list[Piece]:
     """The prompt from the first turn to where the model speaks.
 
     Args:
         drops_reasoning: leave out the reasoning of turns before the last of the user.
+        opens_answer: False ends it behind the last turn.
     """
     last_user = max((i for i, turn in enumerate(turns) if isinstance(turn, UserTurn)), default=-1)
     out: list[Piece] = []
@@ -129,7 +132,7 @@ def write_turns(turns: Sequence[Turn], thinking: bool, drops_reasoning: bool) ->
         out += turn.pieces(shows)
         task = None
     answers = turns and isinstance(turns[-1], AssistantTurn) and turns[-1].is_open
-    if not answers and task is None:
+    if opens_answer and not answers and task is None:
         out += [ASSISTANT, THINK if thinking else END_THINK]
     return out
 
