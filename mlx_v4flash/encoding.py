@@ -166,6 +166,9 @@ class Encoding:
         sampled: Mapping[int, Sequence[int]] | None = None,
     ) -> list[Piece]:
         _check_think(think)
+        for name, value in (("messages", messages), ("tools", tools)):
+            if not isinstance(value, list | tuple):
+                raise EncodingError(f"{name}: expected a list, found {value!r}")
         if not messages:
             raise EncodingError("messages: expected at least one, found none")
         systems, turns = read_messages(messages, sampled or {})
