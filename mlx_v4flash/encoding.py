@@ -120,7 +120,8 @@ class Encoding:
             opens_answer: False ends the prompt behind the last message.
             sampled: by position of an assistant message, the ids it was generated as (`OutputParser.sampled`). They
                 stand in the prompt as they are if its reasoning is there as it was then. So the prompt begins with
-                what the caches hold, where rendering the message again might choose other tokens.
+                what the caches hold, where rendering the message again might choose other tokens. Take none from
+                clients: ids can be marks.
 
         Raises:
             EncodingError: the place in the messages or tools, what was expected there and what was found.
