@@ -101,6 +101,8 @@ class Tally:
             return
         label = arguments[0].split("_bfloat16")[0] if name == "CustomKernel" else name
         for i, (at, shape, dtype) in enumerate(inputs):
+            if at in [name for name, *_ in inputs[:i]]:
+                continue  # it stands where an array is that this format does not have
             kind, size = self._origin.get(at, "activations"), math.prod(shape) * dtype.size
             self._add(label, kind, self._touched(label, i, size, shape, inputs, outputs))
         for at, shape, dtype in outputs:
@@ -168,12 +170,11 @@ def count(model: Model, number: int | None, context: int, packed: bool) -> Tally
 def _hold(cache: LayerCache, leaves: Iterator[mx.array]) -> None:
     """Put the arrays of a trace in the places of a cache's own, in the order of `leaves`."""
     cache.window = next(leaves)
+    if cache.recent is not None:
+        cache.recent = next(leaves)
     for side in (cache.attn, cache.index):
         if side is not None:
-            side.rows.buffer = next(leaves)
-            for name in side.LEAVES:
-                if getattr(side, name) is not None:
-                    setattr(side, name, next(leaves))
+            side.buffer = next(leaves)
 
 
 def least(model: Model, counts: dict[int, int], context: int) -> float:

@@ -25,7 +25,7 @@ from support import (
 )
 
 from metal_kernels import index_scores, packed_rows, sparse_attention
-from metal_kernels.key_row import fp8_except_rotated
+from metal_kernels.latents import fp8_except_rotated
 from metal_kernels.packed_rows import key_bytes, pack_keys, pack_rows, row_bytes, unpack_keys, unpack_rows
 from metal_kernels.round_trip import fp4_round_trip_reference
 
