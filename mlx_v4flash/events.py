@@ -34,6 +34,15 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class ToolResult:
+    """What a call returned; `failed` if the content is what went wrong."""
+
+    call_id: str
+    content: str
+    failed: bool = False
+
+
+@dataclass(frozen=True)
 class Usage:
     """The last event of an answer.
 
@@ -51,4 +60,4 @@ class Usage:
     decode_s: float
 
 
-Event = Reasoning | Text | ToolCall | Usage
+Event = Reasoning | Text | ToolCall | ToolResult | Usage
