@@ -63,10 +63,10 @@ def guess_release(folder: Path) -> str:
     for file in sorted((folder / "encoding").glob("encoding_dsv4*.py")):
         later = "Beyond maximum" in file.read_text(encoding="utf-8", errors="replace")
         return "v4-0731" if later else "v4-preview"
-    # A downloaded repository lies two folders below the one with its name.
+    # A downloaded repository lies in a folder named after its commit, two below the one named after itself.
     path = folder.resolve()
-    names = [path.name, *(p.name for p in path.parents if p.name.startswith("models--"))]
-    return "v4-0731" if any(mark in name for name in names for mark in ("0731", "0813", "Vision-Exp")) else "v4-preview"
+    name = next((p.name for p in path.parents if p.name.startswith("models--")), path.name)
+    return "v4-0731" if any(part in name for part in ("0731", "0813", "Vision-Exp")) else "v4-preview"
 
 
 def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
@@ -117,6 +117,7 @@ class Encoding:
             think: how much the model thinks before it answers: "off", "low", "high" or "max".
             response_format: as OpenAI's interface has it. The model is told; nothing enforces it.
             drop_reasoning: False keeps all reasoning without tools, too.
+            opens_answer: False ends the prompt behind the last message.
             sampled: by position of an assistant message, the ids it was generated as (`OutputParser.sampled`). They
                 stand in the prompt as they are if its reasoning is there as it was then. So the prompt begins with
                 what the caches hold, where rendering the message again might choose other tokens.
@@ -132,8 +133,8 @@ class Encoding:
         Without tools the reasoning is dropped then, and the turn begins with another mark. A copy of the caches
         made at this point serves the next turn.
         """
-        drops = not tools and prompt[-1] == self.vocabulary.id_of(THINK)
-        return len(prompt) - 1 if drops else len(prompt)
+        think = self.vocabulary.id_of(THINK)
+        return len(prompt) if tools or think not in prompt else list(prompt).index(think)
 
     def parser(self, *, think: Think, tools: bool, continue_from: Mapping[str, Any] | None = None) -> OutputParser:
         """What reads the tokens generated after `prompt` with the same arguments.
@@ -161,6 +162,7 @@ class Encoding:
         think: Think = "high",
         response_format: Mapping[str, Any] | None = None,
         drop_reasoning: bool = True,
+        opens_answer: bool = True,
         sampled: Mapping[int, Sequence[int]] | None = None,
     ) -> list[Piece]:
         _check_think(think)
@@ -168,7 +170,9 @@ class Encoding:
             raise EncodingError("messages: expected at least one, found none")
         systems, turns = read_messages(messages, sampled or {})
         beginning = self._beginning(systems, tools, think, response_format or {})
-        return [*beginning, *write_turns(turns, think != "off", drop_reasoning and not tools)]
+        drops = drop_reasoning and not tools
+        rest = write_turns(turns, thinking=think != "off", drops_reasoning=drops, opens_answer=opens_answer)
+        return [*beginning, *rest]
 
     def _beginning(
         self,

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer_files
 
 from . import doctor
+from .chat_tokenizer import with_chat
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import CheckpointError, RequestError
@@ -93,7 +94,8 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
             "hint: copy it from the original checkpoint, or use load_model, which needs no tokenizer"
         )
     eos = ModelConfig.from_folder(folder).eos_token_id
-    return load_tokenizer_files(folder, eos_token_ids=eos if isinstance(eos, int) else list(eos))
+    loaded = load_tokenizer_files(folder, eos_token_ids=eos if isinstance(eos, int) else list(eos))
+    return with_chat(loaded, folder)
 
 
 def _check_roundings(checkpoint: Checkpoint, numerics: Numerics) -> None:

@@ -1,6 +1,6 @@
 """Registers this model with mlx-lm, so that mlx-lm's own functions and commands run it.
 
-Everything we change in mlx-lm is changed in `register`: one module is added, one class, and two functions are wrapped.
+Everything we change in mlx-lm is changed in `register`: one module is added, one class, three functions are wrapped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import utils
 from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import LayerCache
+from .chat_tokenizer import with_chat
 from .config import MODEL_TYPE, ModelConfig
 from .errors import RequestError
 from .loading import load_model
@@ -42,7 +44,8 @@ _REFUSED_OPTIONS = {
     "--pipeline": "the model runs on one machine",
 }
 
-# What commands do with text when there is no chat template. `chat` has nothing it could do.
+# What commands do with text when neither the checkpoint brings a chat template nor its tokenizer has this model's
+# tokens. `chat` has nothing it could do.
 _WITHOUT_TEMPLATE = {
     "cache_prompt": "the prompt is taken as raw text",
     "generate": "the prompt is taken as raw text",
@@ -54,6 +57,7 @@ _MODEL_CONFIG = ("dtype", "quantize_activations", "simulate_cache_quant")
 
 _mlx_lm_load_model = utils.load_model
 _mlx_lm_load_adapters = utils.load_adapters
+_mlx_lm_load_tokenizer = utils.load_tokenizer
 
 
 @functools.cache  # the second call finds everything done
@@ -72,6 +76,8 @@ def register() -> None:
     # mlx-lm's LoRA layers take the place of linear layers whose weights we read ourselves: the first token would
     # end in an AttributeError. `load` looks this function up here.
     utils.load_adapters = _load_adapters
+    # DeepSeek publishes no chat template, and a template's text would let text of the user become structure.
+    utils.load_tokenizer = _load_tokenizer
 
 
 def run_mlx_lm(command: str, args: list[str]) -> None:
@@ -92,9 +98,9 @@ def run_mlx_lm(command: str, args: list[str]) -> None:
         )
     if command not in COMMANDS:
         raise RequestError(f"command of mlx-lm: expected {', '.join(COMMANDS)}, found {command!r}")
+    register()
     _check_arguments(command, args)
     module = _import(command)
-    register()
     before, sys.argv = sys.argv, [f"mlx-v4flash lm {command}", *args]
     try:
         module.main()
@@ -144,6 +150,17 @@ def _load_adapters(model: nn.Module, adapter_path: str) -> nn.Module:
     return adapted
 
 
+def _load_tokenizer(
+    model_path: str | Path, tokenizer_config_extra: dict[str, Any] | None = None, eos_token_ids: Any = None
+) -> TokenizerWrapper:
+    """mlx-lm's `load_tokenizer`; for our checkpoints with our prompts and our reader of calls."""
+    loaded: TokenizerWrapper = _mlx_lm_load_tokenizer(model_path, tokenizer_config_extra, eos_token_ids=eos_token_ids)
+    folder = Path(loaded.name_or_path)  # a repository has become a folder here
+    if not (folder / "config.json").is_file() or utils.load_config(folder).get("model_type") != MODEL_TYPE:
+        return loaded
+    return with_chat(loaded, folder)
+
+
 def _check_arguments(command: str, args: list[str]) -> None:
     """Say now what mlx-lm would say once the weights are loaded, or not at all."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -168,8 +185,8 @@ def _check_template(command: str, model: str, settings: dict[str, Any]) -> None:
     start = tokenizer.bos_token
     if command == "chat":
         raise RequestError(
-            f"chat: expected a chat template in {model}, found none\n"
-            f"hint: put chat_template.jinja beside tokenizer.json, or use generate with text that starts with {start}"
+            f"chat: expected the tokens of DeepSeek-V4 in {model}/tokenizer.json, or a chat template, found neither\n"
+            "hint: take tokenizer.json from the original checkpoint, or put chat_template.jinja beside this one"
         )
     note = f"note: {model} has no chat template, so {_WITHOUT_TEMPLATE[command]}"
     if tokenizer.encode("a")[:1] != [tokenizer.bos_token_id]:

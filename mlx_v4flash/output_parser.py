@@ -7,9 +7,9 @@ import re
 import secrets
 from typing import Any
 
-from . import markup
+from .call_reader import DSML_SIGN, END_THINK_SIGN, Call, CallReader, may_open, spelled
 from .events import Event, Reasoning, Text, ToolCall
-from .markup import DSML, DSML_SIGN, END_THINK, END_THINK_SIGN, EOS, Mark
+from .markup import DSML, END_THINK, EOS, Mark
 from .vocabulary import Vocabulary
 
 _SIGNS: dict[str, str] = {DSML: DSML_SIGN, END_THINK: END_THINK_SIGN}
@@ -49,7 +49,7 @@ class OutputParser:
         self._is_clean = not (content or reasoning)
         self._texts = {"reasoning": [reasoning], "content": [content]}
         self._calls: list[ToolCall] = []
-        self._searched = 0
+        self._block = CallReader()
         self._read = {
             "reasoning": self._read_prose,
             "content": self._read_prose,
@@ -119,8 +119,7 @@ class OutputParser:
         rest, self._held = self._held, ""
         if self._state != "calls":
             return self._emit(rest)
-        call = markup.read_call(rest) if self._ended else None
-        return self._call(call) if isinstance(call, tuple) else self._leftover(rest)
+        return [e for found in self._block.finish(self._ended) for e in self._call_or_text(found)]
 
     def _read_prose(self) -> list[Event]:
         """Reasoning or content: give out what is certain, hold back what may belong to a mark."""
@@ -134,7 +133,7 @@ class OutputParser:
                 self._at_start |= self.in_reasoning
                 self._state, self._held, searched = "content", after, 0
                 continue
-            opens = markup.may_open(after) if self._tools and before.endswith("<") else False
+            opens = may_open(after) if self._tools and before.endswith("<") else False
             if opens is False:
                 self._is_clean = False
                 searched = sign.end()
@@ -143,7 +142,7 @@ class OutputParser:
             events += self._emit(kept)
             self._held = self._held[len(kept) :]
             if opens:
-                self._state, self._held, self._searched = "calls", self._held.lstrip("\n"), 0
+                self._state, self._block, self._held = "calls", CallReader(), self._held.lstrip("\n")
             return events
         kept = self._held.removesuffix("<").rstrip("\n") if self._tools else self._held
         kept = kept.rstrip("\n") if self.in_reasoning else kept
@@ -152,53 +151,33 @@ class OutputParser:
         return events
 
     def _read_calls(self) -> list[Event]:
-        """A block of calls: give out each that is complete."""
-        events: list[Event] = []
-        while (n := self._held.find(DSML_SIGN, self._searched)) >= 0:
-            tag = markup.read_tag(self._held, n)
-            if tag is None:
-                return events
-            kind, start, stop = tag
-            self._searched = n + 1
-            if kind == "other" or (kind == "begin" and markup.is_blank(self._held[:start])):
-                continue
-            before, after = self._held[:start], self._held[start if kind == "begin" else stop :]
-            call = markup.read_call(before)
-            if call == "open":
-                continue
-            if isinstance(call, tuple):
-                events += self._call(call)
-            elif not (kind == "block" and not before.strip()):
-                events += self._leftover(self._held[: len(self._held) - len(after)])
-            self._held, self._searched = after, 0
-            if kind == "block":
-                self._state, self._at_start, self.done = "after", True, True
-                return events
+        rest, self._held = self._held, ""
+        events = [e for found in self._block.feed(rest) for e in self._call_or_text(found)]
+        if self._block.is_complete:
+            self._state, self._at_start, self.done = "after", True, True
+            self._held = self._block.rest
         return events
 
     def _read_after(self) -> list[Event]:
         """Behind the block nothing should come; what comes is given out as it is."""
         rest, self._held = self._held.replace(END_THINK_SIGN, ""), ""
-        return self._leftover(rest.lstrip() if self._at_start else rest)
-
-    def _leftover(self, text: str) -> list[Event]:
-        if not text.strip() and self._at_start:
-            return []
-        self._is_clean = False
-        self._state = "content" if self.in_reasoning else self._state
-        return self._emit(text)
+        rest = rest.lstrip() if self._at_start else rest
+        return self._call_or_text(rest) if rest else []
 
     def _emit(self, text: str) -> list[Event]:
         text = text.lstrip("\n") if self._at_start else text
         if not text:
             return []
         self._at_start = False
-        text = markup.spelled(text)
+        text = spelled(text)
         self._texts["reasoning" if self.in_reasoning else "content"].append(text)
         return [Reasoning(text) if self.in_reasoning else Text(text)]
 
-    def _call(self, call: tuple[str, str]) -> list[Event]:
+    def _call_or_text(self, found: Call | str) -> list[Event]:
+        if isinstance(found, str):
+            self._is_clean = False
+            return self._emit(found)
         # Ids sort in the order of the calls.
-        found = ToolCall(f"call_{len(self._calls):04d}_{secrets.token_hex(8)}", *call)
-        self._calls.append(found)
-        return [found]
+        call = ToolCall(f"call_{len(self._calls):04d}_{secrets.token_hex(8)}", *found)
+        self._calls.append(call)
+        return [call]

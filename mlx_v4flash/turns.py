@@ -107,11 +107,14 @@ def read_messages(
     return systems, turns
 
 
-def write_turns(turns: Sequence[Turn], thinking: bool, drops_reasoning: bool) -> list[Piece]:
+def write_turns(
+    turns: Sequence[Turn], *, thinking: bool, drops_reasoning: bool, opens_answer: bool = True
+) -> list[Piece]:
     """The prompt from the first turn to where the model speaks.
 
     Args:
         drops_reasoning: leave out the reasoning of turns before the last of the user.
+        opens_answer: False ends it behind the last turn.
     """
     last_user = max((i for i, turn in enumerate(turns) if isinstance(turn, UserTurn)), default=-1)
     out: list[Piece] = []
@@ -129,7 +132,7 @@ def write_turns(turns: Sequence[Turn], thinking: bool, drops_reasoning: bool) ->
         out += turn.pieces(shows)
         task = None
     answers = turns and isinstance(turns[-1], AssistantTurn) and turns[-1].is_open
-    if not answers and task is None:
+    if opens_answer and not answers and task is None:
         out += [ASSISTANT, THINK if thinking else END_THINK]
     return out
 
@@ -177,7 +180,10 @@ def _read_answer(
 ) -> AssistantTurn:
     found = message.get("reasoning_content", message.get("reasoning"))
     reasoning = None if found is None else text_of(found, f"{where}.reasoning_content")
-    calls = [_read_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(message.get("tool_calls") or ())]
+    listed = message.get("tool_calls") or []
+    if not isinstance(listed, list):
+        raise EncodingError(f"{where}.tool_calls: expected a list, found {listed!r}")
+    calls = [_read_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(listed)]
     is_open = bool(message.get("prefix"))
     if is_open and (calls or not is_last):
         raise EncodingError(

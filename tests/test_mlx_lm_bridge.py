@@ -30,7 +30,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_v4flash.cache import LayerCache
 from mlx_v4flash.config import ModelConfig
+from mlx_v4flash.encoding import Encoding
 from mlx_v4flash.errors import ConfigError, RequestError
+from mlx_v4flash.markup import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, write_calls
 from mlx_v4flash.mlx_lm_bridge import COMMANDS, register, run_mlx_lm
 from mlx_v4flash.model import Model
 from mlx_v4flash.tiny import write_tiny
@@ -63,6 +65,16 @@ def with_template(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return copy
 
 
+@pytest.fixture(scope="module")
+def foreign(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer that lacks the tokens for calls."""
+    copy = tmp_path_factory.mktemp("bridge") / "foreign"
+    shutil.copytree(folder, copy)
+    text = (copy / "tokenizer.json").read_text(encoding="utf-8")
+    (copy / "tokenizer.json").write_text(text.replace("｜DSML｜", "｜TOOLS｜"), encoding="utf-8")
+    return copy
+
+
 def greedy(model: Model, *prompts: list[int], n: int) -> list[int]:
     """The likeliest tokens, without mlx-lm; each prompt but its last token is one chunk, as mlx-lm has it."""
     cache = model.make_cache()
@@ -88,7 +100,7 @@ def test_load(folder: Path, loaded: tuple[Model, TokenizerWrapper]) -> None:
     model, tokenizer = loaded
     assert type(model) is Model
     assert tokenizer.eos_token_ids == {ModelConfig.from_folder(folder).eos_token_id}
-    assert not tokenizer.has_chat_template
+    assert tokenizer.has_chat_template and tokenizer.has_tool_calling
     assert model.numerics.dtype == mx.bfloat16 and not model.numerics.quantize_activations
 
 
@@ -149,10 +161,21 @@ def test_command_cache_prompt_then_generate(
     model, tokenizer = loaded
     file = str(tmp_path / "prompt.safetensors")
     run_mlx_lm("cache_prompt", ["--model", str(folder), "--prompt", TEXT[:40], "--prompt-cache-file", file])
-    assert "no chat template, so the prompt is taken as raw text" in capsys.readouterr().err
+    assert "note:" not in capsys.readouterr().err
     run_mlx_lm("generate", ["--prompt-cache-file", file, "--prompt", TEXT[40:], "--max-tokens=10", "--verbose=F"])
-    want = greedy(model, tokenizer.encode(TEXT[:40]), tokenizer.encode(TEXT[40:]), n=10)
+    marks = Encoding.from_folder(folder).vocabulary
+    start = marks.encode([BOS, USER, TEXT[:40]])
+    want = greedy(model, start, marks.encode([TEXT[40:], ASSISTANT, THINK]), n=10)
     assert capsys.readouterr().out == as_text(tokenizer, want) + "\n"
+
+
+def test_command_cache_prompt_without_template(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "prompt.safetensors")
+    run_mlx_lm("cache_prompt", ["--model", str(foreign), "--prompt", TEXT, "--prompt-cache-file", file])
+    assert "no chat template, so the prompt is taken as raw text" in capsys.readouterr().err
+    assert load_prompt_cache(file)[0].position == len(TEXT)
 
 
 def test_command_generate_uses_a_chat_template(
@@ -165,6 +188,20 @@ def test_command_generate_uses_a_chat_template(
     out, err = capsys.readouterr()
     assert "note:" not in err
     assert out == as_text(tokenizer, greedy(model, rendered(tokenizer, "Hi"), n=10)) + "\n"
+
+
+def test_command_chat_without_a_template_file(
+    folder: Path,
+    loaded: tuple[Model, TokenizerWrapper],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer = loaded
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nq\n"))
+    run_mlx_lm("chat", ["--model", str(folder), "--max-tokens", "7", "--system-prompt", "Be terse."])
+    messages = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
+    ids = Encoding.from_folder(folder).prompt(messages)
+    assert as_text(tokenizer, greedy(model, ids, n=7)) in capsys.readouterr().out
 
 
 def rendered(tokenizer: TokenizerWrapper, text: str) -> list[int]:
@@ -230,11 +267,12 @@ def test_command_benchmark(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 class Server:
     """`mlx_lm.server` in a process of its own."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, setup: str = "") -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
-        code = "import sys; from mlx_v4flash.mlx_lm_bridge import run_mlx_lm; run_mlx_lm('server', sys.argv[1:])"
+        start = "import sys; from mlx_v4flash.mlx_lm_bridge import run_mlx_lm; run_mlx_lm('server', sys.argv[1:])"
+        code = f"{setup}\n{start}"
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(
@@ -284,12 +322,65 @@ def test_server_completion(server: Server, loaded: tuple[Model, TokenizerWrapper
     assert again["tokens"] == answer["tokens"]
 
 
-def test_server_chat_without_template(server: Server, loaded: tuple[Model, TokenizerWrapper]) -> None:
-    model, tokenizer = loaded
-    answer = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}])
-    want = greedy(model, tokenizer.encode("USER: Hi\nASSISTANT:"), n=9)
-    assert answer["tokens"] == want[: len(answer["tokens"])]
-    assert "chats become plain lines" in server.log.read_text()
+def test_server_chat(server: Server, folder: Path, loaded: tuple[Model, TokenizerWrapper]) -> None:
+    model, _ = loaded
+    messages = [{"role": "user", "content": "Hi</think>"}]
+    for thinking in (True, False):
+        answer = server.post(
+            "/v1/chat/completions", messages=messages, chat_template_kwargs={"enable_thinking": thinking}
+        )
+        ids = Encoding.from_folder(folder).prompt(messages, think="high" if thinking else "off")
+        assert answer["tokens"] == greedy(model, ids, n=9)[: len(answer["tokens"])]
+
+
+def test_server_refuses_a_setting_of_other_templates(server: Server) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/v1/chat/completions", messages=messages, chat_template_kwargs={"think_hard": True})
+    assert "expected no argument think_hard" in refused.value.read().decode()
+
+
+# Makes the small model say one thing, whatever it is asked: `answer` from behind `<think>` on.
+SCRIPTED = """
+import mlx.core as mx
+from mlx_v4flash.model import Model
+answer, think = {answer}, {think}
+compute, said = Model.__call__, 0
+def scripted(self, ids, *args, **options):
+    global said
+    logits = compute(self, ids, *args, **options)
+    said = 0 if ids[0, -1].item() == think else min(said + 1, len(answer) - 1)
+    return mx.where(mx.arange(logits.shape[-1]) == answer[said], 0.0, -1e4) + 0 * logits
+Model.__call__ = scripted
+"""
+
+
+def test_server_reasoning_and_calls(folder: Path, tmp_path: Path) -> None:
+    marks = Encoding.from_folder(folder).vocabulary
+    calls = [("f", {"a": "x<b>\n", "n": 1e-07}), ("g", {})]
+    answer = marks.encode(["two files", END_THINK, "Reading.", *write_calls(calls), EOS])
+    setup = SCRIPTED.format(answer=answer, think=marks.id_of(THINK))
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "read both"}]
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in "fg"]
+    server = Server(folder, tmp_path / "log", setup)
+    try:
+        found = server.post("/v1/chat/completions", messages=messages, tools=tools, max_tokens=999)
+        choice = found["choices"][0]
+        message = choice["message"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert (message["reasoning"], message["content"].rstrip()) == ("two files", "Reading.")
+        functions = [call["function"] for call in message["tool_calls"]]
+        assert [(f["name"], json.loads(f["arguments"])) for f in functions] == calls
+    finally:
+        server.stop()
+    # The answer goes back as clients send it, and stands in the next prompt as it was generated.
+    results = [{"role": "tool", "content": "R", "tool_call_id": call["id"]} for call in message["tool_calls"]]
+    answered = {**message, "content": message["content"].rstrip()}
+    rest = [USER, "<tool_result>R</tool_result>\n\n<tool_result>R</tool_result>", ASSISTANT, THINK]
+    first, again = (
+        Encoding.from_folder(folder).prompt(m, tools=tools) for m in (messages, [*messages, answered, *results])
+    )
+    assert again == [*first, *answer, *marks.encode(rest)]
 
 
 def test_server_prompt_cache_continues(loaded: tuple[Model, TokenizerWrapper]) -> None:
@@ -405,11 +496,11 @@ def test_command_refuses(command: str, args: list[str], message: str) -> None:
         run_mlx_lm(command, args)
 
 
-def test_chat_without_template_is_refused_before_loading(folder: Path, tmp_path: Path) -> None:
-    for file in folder.iterdir():
+def test_chat_without_template_is_refused_before_loading(foreign: Path, tmp_path: Path) -> None:
+    for file in foreign.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path / file.name)
-    with pytest.raises(RequestError, match=r"expected a chat template.*\nhint: put chat_template\.jinja"):
+    with pytest.raises(RequestError, match=r"chat: expected the tokens of DeepSeek-V4 .*\nhint: take tokenizer\.json"):
         run_mlx_lm("chat", ["--model", str(tmp_path)])
 
 
