@@ -66,6 +66,12 @@ class Session:
         self._snapshots, self._live = [held], None
 
     @property
+    def held_tokens(self) -> int:
+        """Tokens in the caches that were used last."""
+        held = self._live or (self._snapshots[-1] if self._snapshots else None)
+        return 0 if held is None else len(held.tokens)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the live caches and the copies; bytes that they share count once for each."""
         held = [*self._snapshots, *([self._live] if self._live else [])]

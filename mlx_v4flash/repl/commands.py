@@ -116,7 +116,7 @@ def stats(repl: Repl, argument: str) -> None:
 def ctx(repl: Repl, argument: str) -> None:
     """How full the context is"""
     chat = repl.chat
-    used = len(chat.prompt()) if chat.messages else 0
+    used = len(chat.prompt({"role": "user", "content": ""}))  # the next turn, before anything is said
     repl.screen.note(
         f"{used:,} of {chat.context:,} tokens ({used / chat.context:.1%}), {len(chat.messages)} messages, "
         f"{chat.session.nbytes / 1e6:,.1f} MB of caches and their copies"
@@ -153,8 +153,8 @@ def _path(command: str, argument: str) -> Path:
 def _tell_change(repl: Repl, text: str) -> None:
     """A setting, and what it costs: text at the beginning of the prompt makes all that follows new."""
     chat = repl.chat
-    if chat.messages and chat.turns:
+    if chat.messages:
         prompt = chat.prompt({"role": "user", "content": "a"})
         held = chat.session.known(prompt)
-        text += f"; the next turn reads {len(prompt) - (len(held.tokens) if held else 0):,} tokens again or anew"
+        text += f"; the next turn prefills {len(prompt) - (len(held.tokens) if held else 0):,} tokens"
     repl.screen.note(text)

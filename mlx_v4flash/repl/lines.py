@@ -63,7 +63,7 @@ class TypedLines:
         )
 
     def read(self, default: str, status: Callable[[], str]) -> str:
-        toolbar = f" Enter sends · Alt-Enter new line · Ctrl-D leaves · /help   {clean(status())}"
+        toolbar = f" Enter sends · Alt-Enter new line · /help · {clean(status())}"
         return self._session.prompt("> ", default=default, bottom_toolbar=toolbar)
 
 

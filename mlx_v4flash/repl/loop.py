@@ -71,5 +71,4 @@ class Repl:
 
     def status(self) -> str:
         """What is shown below the line."""
-        used = self.chat.turns[-1].prompt_tokens + self.chat.turns[-1].generated_tokens if self.chat.turns else 0
-        return f"think {self.chat.think} · {used:,} of {self.chat.context:,} tokens"
+        return f"think {self.chat.think} · {self.chat.session.held_tokens:,} of {self.chat.context:,} tokens"

@@ -17,6 +17,8 @@ _RATE = 15.0
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _CONTINUES = re.compile(r"\s|[-*+](\s|$)|\d{1,9}[.)](\s|$)|[-*+\d]$")
 
+_STYLE = re.compile(r"\x1b\[[\d;]*m")
+
 # A terminal that knows these shows what lies between at once; others ignore them.
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 
@@ -67,9 +69,11 @@ class StreamedMarkdown:
         if not block.strip():
             return []
         with self._console.capture() as capture:
-            self._console.print(Markdown(block, hyperlinks=False))
-        lines = capture.get().rstrip("\n").split("\n")
-        return ["", *lines] if self._any else lines  # an empty line between blocks
+            self._console.print(Markdown(block, code_theme="ansi_dark", hyperlinks=False))
+        lines = [line.rstrip() for line in capture.get().split("\n")]
+        shown = [n for n, line in enumerate(lines) if _STYLE.sub("", line).strip()]
+        lines = lines[shown[0] : shown[-1] + 1] if shown else []
+        return ["", *lines] if self._any and lines else lines  # one empty line between blocks
 
     def _draw(self, lines: list[str]) -> None:
         same = next((n for n, (a, b) in enumerate(zip(self._drawn, lines, strict=False)) if a != b),
