@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Literal
 
 from .markup import DSML, END_THINK
 
@@ -20,27 +19,27 @@ END_THINK_SIGN = "\ud801"
 # Name, and arguments: a JSON object as text.
 Call = tuple[str, str]
 
-_BLOCKS = "tool_calls|function_calls|calls"
-_NAME = r'([^\n\ud800\ud801]*?)"'
-_OPENING = rf"\s*(?:<\ud800 ?(?:{_BLOCKS})>\s*)?"
-_INVOKE = re.compile(rf'{_OPENING}<\ud800 ?invoke name="{_NAME}>')
-_PARAMETER_HEAD = rf'\s*<\ud800 ?parameter name="{_NAME} string="(true|false)">'
-_PARAMETER = re.compile(rf"{_PARAMETER_HEAD}(.*?)</\ud800 ?parameter>", re.DOTALL)
-_OPEN_PARAMETER = re.compile(_PARAMETER_HEAD)
-_BLANK = re.compile(_OPENING)
+_BLOCKS = "(?:tool_calls|function_calls|calls)"
+_NAME = r"[^\n\ud800\ud801]*?"
+_TAG = re.compile(
+    rf"""\s*(?:
+        (?P<begin> <\ud800\ ?{_BLOCKS}> )
+      | (?P<invoke> <\ud800\ ?invoke\ name="(?P<name>{_NAME})"> )
+      | (?P<parameter> <\ud800\ ?parameter\ name="(?P<key>{_NAME})"\ string="(?P<string>true|false)"> )
+      | (?P<end> </\ud800\ ?invoke> )
+      | (?P<block> </\ud800\ ?{_BLOCKS}> )
+    )""",
+    re.VERBOSE,
+)
+# What may become a tag: no end yet of its word, or of what stands in quotes. No name is that long.
+_UNFINISHED = re.compile(r'\s*(?:</?(?:\ud800[ \w]*(?:=(?:"[^\n\ud800\ud801]{0,300})?)?)?)?')
+_VALUE_END = re.compile(r"</\ud800 ?parameter>")
+_LONGEST_END = len("</D parameter>")
 _CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 
 # What may open a block, after the mark. Other spellings than the first come from long contexts and from V4.1.
 _WRAPPERS = ("tool_calls>", "function_calls>", " tool_calls>", " calls>")
 _INVOKES = ('invoke name="', ' invoke name="')
-
-# A tag of a block from behind its mark on: to the first `>` or `"`.
-_TAG = re.compile(r' ?([^>"\ud800]{0,40}[>"])')
-_TAGS = {
-    ("</", "invoke>"): "end",
-    ("<", 'invoke name="'): "begin",
-    **{("</", f"{name}>"): "block" for name in _BLOCKS.split("|")},
-}
 
 
 class CallReader:
@@ -48,48 +47,85 @@ class CallReader:
 
     Attributes:
         is_complete: the end of the block has arrived; the text behind it is in `rest`.
-        rest: text that is not decided yet.
+        is_broken: something came that does not belong into a block; it is in `rest`.
     """
 
     def __init__(self) -> None:
         self.rest = ""
         self.is_complete = False
-        self._searched = 0  # up to here there is no end of a call; long values would be searched again and again
+        self.is_broken = False
+        self._call_start = 0  # where the text of the call begins, in `rest`
+        self._position = 0  # up to here everything is read
+        self._name: str | None = None
+        self._values: dict[str, str] = {}
+        self._parameter: re.Match[str] | None = None
 
     def feed(self, text: str) -> list[Call | str]:
-        """Calls that `text` completes, and text that turns out to be none.
+        """Calls that `text` completes; at last the text of one that turns out to be none.
 
         Args:
             text: goes on where the last one ended, with signs for marks; the first begins with the first tag.
         """
         self.rest += text
         found: list[Call | str] = []
-        while not self.is_complete and (n := self.rest.find(DSML_SIGN, self._searched)) >= 0:
-            tag = _read_tag(self.rest, n)
-            if tag is None:
-                break
-            kind, start, stop = tag
-            self._searched = n + 1
-            before = self.rest[:start]
-            if kind == "other" or (kind == "begin" and _BLANK.fullmatch(before)):
-                continue
-            call = _read_call(before)
-            if call == "open":
-                continue
-            end = start if kind == "begin" else stop
-            if isinstance(call, tuple):
-                found.append(call)
-            elif kind != "block" or before.strip():
-                found.append(self.rest[:end])
-            self.rest, self._searched = self.rest[end:], 0
-            self.is_complete = kind == "block"
+        while not (self.is_complete or self.is_broken) and self._step(found):
+            pass
+        if self.is_broken and (before := self.rest[self._call_start : self._position]).strip():
+            found.append(before)
+        if self.is_complete or self.is_broken:
+            self.rest = self.rest[self._position :]
         return found
 
     def finish(self, ended: bool) -> list[Call | str]:
         """What is left. If the model ended its answer itself (`ended`), the last call may lack its end tag."""
-        rest, self.rest = self.rest, ""
-        call = _read_call(rest) if ended else None
-        return [call] if isinstance(call, tuple) else [rest] if rest.strip() else []
+        if ended and self._name is not None and not self._parameter and not self.rest[self._position :].strip():
+            return [self._take_call(self._name)]
+        before = self.rest[self._call_start :]
+        return [before] if before.strip() else []
+
+    def _step(self, found: list[Call | str]) -> bool:
+        """Read a tag or a value; False if there is none."""
+        if self._parameter:
+            return self._read_value(self._parameter)
+        tag = _TAG.match(self.rest, self._position)
+        kind = tag.lastgroup if tag else None
+        if (
+            tag is None
+            or (kind == "begin" and self._name is not None)
+            or (kind in ("parameter", "end") and self._name is None)
+        ):
+            self.is_broken = tag is not None or not _UNFINISHED.fullmatch(self.rest, self._position)
+            if self.is_broken and not self._position:  # behind the first mark, or it would be read again
+                self._position = self.rest.find(DSML_SIGN) + 1
+            return False
+        if kind == "parameter":
+            self._parameter = tag
+        elif kind != "begin":
+            if self._name is not None:
+                found.append(self._take_call(self._name))
+                self._call_start = tag.start() if kind == "invoke" else tag.end()
+            self._name = tag["name"]  # None but for an `invoke`
+            self.is_complete = kind == "block"
+        self._position = tag.end()
+        return True
+
+    def _read_value(self, head: re.Match[str]) -> bool:
+        # The end may have arrived in part; what lies before need not be searched again.
+        end = _VALUE_END.search(self.rest, max(head.end(), self._position))
+        if end is None:
+            self._position = max(head.end(), len(self.rest) - _LONGEST_END)
+            return False
+        value = spelled(self.rest[head.end() : end.start()])
+        is_text = head["string"] == "true"
+        self._values[head["key"]] = json.dumps(value, ensure_ascii=False) if is_text else _json_value(value)
+        self._parameter = None
+        self._position = end.end()
+        return True
+
+    def _take_call(self, name: str) -> Call:
+        values = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in self._values.items())
+        self._name, self._values = None, {}
+        return name, f"{{{', '.join(values)}}}"
 
 
 def may_open(text: str) -> bool | None:
@@ -109,39 +145,6 @@ def may_open(text: str) -> bool | None:
 def spelled(text: str) -> str:
     """Text with the signs of marks written out."""
     return text.replace(DSML_SIGN, DSML).replace(END_THINK_SIGN, END_THINK)
-
-
-def _read_tag(text: str, n: int) -> tuple[str, int, int] | None:
-    """The tag whose mark is text[n], and where it starts and stops; None if more text is needed to tell.
-
-    It is the "end" of a call, the "begin" of the next one, the end of the "block", or "other".
-    """
-    opening = "</" if text.endswith("</", 0, n) else "<" if text.endswith("<", 0, n) else ""
-    found = _TAG.match(text, n + 1)
-    if found is None:
-        return None if opening and len(text) - n <= 42 and DSML_SIGN not in text[n + 1 :] else ("other", n, n + 1)
-    return _TAGS.get((opening, found.group(1)), "other"), n - len(opening), found.end()
-
-
-def _read_call(text: str) -> Call | Literal["open", "malformed"]:
-    """Name and arguments, a JSON object as text, of a call without its end tag.
-
-    A value ends only at `</｜DSML｜parameter>`, so it may hold any other tag: "open" if it has not ended. Of a
-    parameter given twice the last counts.
-    """
-    head = _INVOKE.match(text)
-    if head is None:
-        return "malformed"
-    values: dict[str, str] = {}
-    position = head.end()
-    while found := _PARAMETER.match(text, position):
-        key, kind, value = found.group(1), found.group(2), spelled(found.group(3))
-        values[key] = json.dumps(value, ensure_ascii=False) if kind == "true" else _json_value(value)
-        position = found.end()
-    if text[position:].strip():
-        return "open" if _OPEN_PARAMETER.match(text, position) else "malformed"
-    inner = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in values.items())
-    return head.group(1), f"{{{inner}}}"
 
 
 def _json_value(text: str) -> str:

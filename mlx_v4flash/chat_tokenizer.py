@@ -94,6 +94,6 @@ def parse_tool_call(text: str, tools: Any = None) -> list[dict[str, Any]]:
     """
     block = CallReader()
     found = [*block.feed(text.strip().replace(DSML, DSML_SIGN)), *block.finish(ended=True)]
-    if not found or any(isinstance(part, str) for part in found):
+    if not found or block.is_broken or any(isinstance(part, str) for part in found):
         raise EncodingError(f"tool calls: expected calls between the tags of a block, found {spelled(text)!r}")
     return [{"name": part[0], "arguments": json.loads(part[1])} for part in found]

@@ -103,7 +103,7 @@ class Encoding:
         A mark in it looks like the same characters typed by a user, so this text is not what to encode.
         """
         pieces = self._pieces(messages, **options)
-        return "".join(p if isinstance(p, str) else self.vocabulary.decode(p) for p in pieces)
+        return well_formed("".join(p if isinstance(p, str) else self.vocabulary.decode(p) for p in pieces))
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids from the beginning-of-sentence token to where the model speaks.

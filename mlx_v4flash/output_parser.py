@@ -50,6 +50,8 @@ class OutputParser:
         self._texts = {"reasoning": [reasoning], "content": [content]}
         self._calls: list[ToolCall] = []
         self._block = CallReader()
+        self._before = self._state
+        self._newlines = ""
         self._read = {
             "reasoning": self._read_prose,
             "content": self._read_prose,
@@ -142,7 +144,9 @@ class OutputParser:
             events += self._emit(kept)
             self._held = self._held[len(kept) :]
             if opens:
-                self._state, self._block, self._held = "calls", CallReader(), self._held.lstrip("\n")
+                self._before, self._state = self._state, "calls"
+                self._block = CallReader()
+                self._held, self._newlines = self._held.lstrip("\n"), self._held[: sign.start() - 1 - len(kept)]
             return events
         kept = self._held.removesuffix("<").rstrip("\n") if self._tools else self._held
         kept = kept.rstrip("\n") if self.in_reasoning else kept
@@ -151,11 +155,22 @@ class OutputParser:
         return events
 
     def _read_calls(self) -> list[Event]:
+        """A block of calls; if it turns out to be none, what was read before goes on."""
         rest, self._held = self._held, ""
-        events = [e for found in self._block.feed(rest) for e in self._call_or_text(found)]
-        if self._block.is_complete:
-            self._state, self._at_start, self.done = "after", True, True
-            self._held = self._block.rest
+        events: list[Event] = []
+        for found in self._block.feed(rest):
+            if isinstance(found, str):
+                self._state = self._before
+            else:
+                self._at_start |= self._before == "reasoning"
+                self._before = "content"
+            events += self._call_or_text(found)
+        if self._block.is_broken:
+            self._state, self._held = self._before, self._block.rest
+            self._is_clean = False
+        elif self._block.is_complete:
+            self._state, self._held = "after", self._block.rest
+            self._at_start = self.done = True
         return events
 
     def _read_after(self) -> list[Event]:
@@ -176,7 +191,9 @@ class OutputParser:
     def _call_or_text(self, found: Call | str) -> list[Event]:
         if isinstance(found, str):
             self._is_clean = False
-            return self._emit(found)
+            newlines, self._newlines = self._newlines, ""
+            return self._emit(newlines + found)
+        self._newlines = ""
         # Ids sort in the order of the calls.
         call = ToolCall(f"call_{len(self._calls):04d}_{secrets.token_hex(8)}", *found)
         self._calls.append(call)

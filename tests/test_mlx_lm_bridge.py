@@ -355,6 +355,7 @@ Model.__call__ = scripted
 """
 
 
+@pytest.mark.slow
 def test_server_reasoning_and_calls(folder: Path, tmp_path: Path) -> None:
     marks = Encoding.from_folder(folder).vocabulary
     calls = [("f", {"a": "x<b>\n", "n": 1e-07}), ("g", {})]

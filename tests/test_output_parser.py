@@ -114,15 +114,26 @@ CASES: list[tuple[str, Answer]] = [
     (f"a</think>b</{DSML}tool_calls>", ("a", f"b</{DSML}tool_calls>", [])),
     (f"</think><{DSML}<{DSML}\n\n{block(F)}", ("", f"<{DSML}<{DSML}", F_READ)),
     (f"a</think>b{USER}c", ("a", f"b{USER}c", [])),
+    # So is what begins like a call and goes on otherwise, and reasoning goes on behind it.
+    (f'a\n<{DSML}invoke name="f"> is\n</think>b', (f'a\n<{DSML}invoke name="f"> is', "b", [])),
+    (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n</think>b', (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">', "b", [])),
+    (f'</think>a\n<{DSML}invoke name="f"\n', ("", f'a\n<{DSML}invoke name="f"\n', [])),
+    (f'</think><{DSML}invoke name="{"f" * 400}', ("", f'<{DSML}invoke name="{"f" * 400}', [])),
+    (
+        f"</think>{block(invoke('f', block(F)))}",
+        ("", f'<{DSML}tool_calls>\n<{DSML}invoke name="f"></{DSML}invoke>\n</{DSML}tool_calls>', F_READ),
+    ),
+    (f"</think>{block(F, parameter('b', 'y'))}", ("", f"{parameter('b', 'y')}\n</{DSML}tool_calls>", F_READ)),
+    (f"a\n{block(F, 'oops')}</think>b", ("a", f"oops\n</{DSML}tool_calls>b", F_READ)),
     # Tags that are missing at the end of a call.
     (f"</think>{block(F.removesuffix(f'</{DSML}invoke>'), F)}", ("", "", F_READ * 2)),
     (f"</think>{F.removesuffix(f'</{DSML}invoke>')}", ("", "", F_READ)),
     # Calls that are cut off or malformed are text.
-    (f"a</think>b\n\n{NEVER_CLOSED}", ("a", f"b{NEVER_CLOSED}", [])),
-    (f"a\n\n{NEVER_CLOSED}", ("a", NEVER_CLOSED, [])),
+    (f"a</think>b\n\n{NEVER_CLOSED}", ("a", f"b\n\n{NEVER_CLOSED}", [])),
+    (f"a\n\n{NEVER_CLOSED}", ("a", f"\n\n{NEVER_CLOSED}", [])),
     (f"</think>{block(F)[:-90]}", ("", block(F)[:-90], [])),
     (f"</think>{block('oops', F)}", ("", f"<{DSML}tool_calls>\noops", F_READ)),
-    (f"</think>{block(F, 'oops', F)}", ("", "oops\n", F_READ * 2)),
+    (f"</think>{block(F, 'oops', F)}", ("", "oops", F_READ * 2)),
     (f"</think>{block(F, 'oops')}", ("", f"oops\n</{DSML}tool_calls>", F_READ)),
     (
         f"</think>{block(invoke('g', 'oops'), F)}",
