@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class Chat:
         self.turns: list[Usage] = []
         self._warn = warn
         self._sampled: dict[int, list[int]] = {}  # by position in `messages`, what the answer was generated as
-        self._running: Iterator[Event] | None = None
+        self._running: weakref.ref[Generator[Event]] | None = None  # weak: a loop that is left closes its answer
         self._stopped = False
         self._seeded: SamplingParams | None = None
         self.think = think
@@ -144,6 +145,7 @@ class Chat:
 
     def open_calls(self) -> list[ToolCall]:
         """Calls of the last answer that have no result."""
+        self._end_running()
         done = set()
         for message in reversed(self.messages):
             if message["role"] == "assistant":
@@ -158,26 +160,28 @@ class Chat:
         Ends early at a call of a tool that has no function: give its result with `tool_result`, then `answer`. When
         max_calls are done, further calls get an error as their result, and one more answer is taken.
         """
-        events, left = self.send(text), max_calls
-        while True:
-            yield from events
-            calls = self.open_calls()
-            known = {tool.name: tool for tool in self.tools}
-            if not calls or any(call.name in known and known[call.name].function is None for call in calls):
-                return
-            stop = left <= 0 or self.turns[-1].finish_reason == "interrupted"
-            try:
+        left = max_calls
+        events = self.send(text)
+        try:
+            while True:
+                yield from events
+                calls = self.open_calls()
+                known = {tool.name: tool for tool in self.tools}
+                if not calls or any(call.name in known and known[call.name].function is None for call in calls):
+                    return
+                last = left <= 0 or self.turns[-1].finish_reason == "interrupted"
                 for call in calls:
                     result = self._call(known.get(call.name), call, left)
                     left -= 1
                     self.tool_result(call.id, result.content)
                     yield result
-            finally:  # of an exception, too: no call stays open
-                for call in self.open_calls():
-                    self.tool_result(call.id, "error: interrupted")
-            if stop:
-                return
-            events = self.answer()
+                if last:
+                    return
+                events = self.answer()
+        except BaseException:  # Ctrl-C, or the loop was left: no call stays open
+            for call in self.open_calls():
+                self.tool_result(call.id, "error: interrupted")
+            raise
 
     def retry(self) -> Iterator[Event]:
         """Another answer to the last message of the user.
@@ -258,16 +262,18 @@ class Chat:
 
     def _start(self, added: list[Message], keep: int | None = None) -> Iterator[Event]:
         self._end_running()
-        self._running = self._answer(added, keep)
-        return self._running
+        events = self._answer(added, keep)
+        self._running = weakref.ref(events)
+        return events
 
     def _end_running(self) -> None:
         """Settle an answer nobody reads any more."""
-        if self._running is not None:
-            self._running.close()  # type: ignore[attr-defined]
+        events = self._running and self._running()
+        if events is not None:
+            events.close()
         self._running = None
 
-    def _answer(self, added: list[Message], keep: int | None) -> Iterator[Event]:
+    def _answer(self, added: list[Message], keep: int | None) -> Generator[Event]:
         before = (list(self.messages), dict(self._sampled))
         if keep is not None:
             self._cut(keep)
@@ -370,6 +376,8 @@ class Chat:
         return found[-1]
 
     def _call(self, tool: Tool | None, call: ToolCall, left: int) -> ToolResult:
+        if self._stopped:
+            return ToolResult(call.id, "error: interrupted", failed=True)
         if left <= 0:
             return ToolResult(call.id, "error: no more calls are allowed; answer with what you have", failed=True)
         if tool is None:

@@ -36,7 +36,6 @@ def save(chat: Chat, path: Path, sampled: dict[int, list[int]]) -> Path:
     values = {
         "version": _VERSION,
         "model": fingerprint(chat.model),
-        "release": chat.encoding.release,
         "system": chat.system,
         "think": chat.think,
         "tools": [tool.definition for tool in chat.tools],
@@ -88,6 +87,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[LayerCache]]:
         values = json.loads(metadata[_KEY])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise RequestError(f"{wrong}, found {e!r}") from e
+    if not all(isinstance(layer, LayerCache) for layer in cache):
+        raise RequestError(f"{wrong}, found caches of another kind")
     if values.get("version") != _VERSION:
         raise RequestError(f"{wrong}, version {_VERSION}, found version {values.get('version')}")
     return values, cache

@@ -11,8 +11,10 @@ from .cache import LayerCache
 from .engine import PREFILL_CHUNK, stream_tokens
 from .model import Model
 
-# Copies of the caches kept beside the live ones. Each shares its bytes with them until they grow.
+# Copies of the caches kept beside the live ones. A copy shares its bytes with them until they grow: then it has its
+# own compressed rows, about 7 kB for each token of V4-Flash.
 SNAPSHOTS = 4
+SNAPSHOT_BYTES = 4 * 1024**3
 
 Progress = Callable[[int, int], None]
 
@@ -29,6 +31,10 @@ class Held:
         n = len(self.tokens)
         return n < len(prompt) and self.tokens == list(prompt[:n])
 
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.cache)
+
     def copy(self) -> Held:
         return Held(list(self.tokens), [layer.copy() for layer in self.cache])
 
@@ -40,17 +46,25 @@ class Session:
     token of every prompt, and after what `prefill` was given.
 
     Args:
-        snapshots: how many copies to keep; the one unused for longest goes first.
+        snapshots, snapshot_bytes: how many copies to keep, and how many bytes of them beside the newest. The one
+            unused for longest goes first.
         prefill_chunk: prompt tokens per forward pass.
 
     Attributes:
         cached_tokens: of the last prompt, the tokens that were not prefilled again.
     """
 
-    def __init__(self, model: Model, *, snapshots: int = SNAPSHOTS, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        snapshots: int = SNAPSHOTS,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
         self.model, self.prefill_chunk = model, prefill_chunk
         self.cached_tokens = 0
-        self._keep = snapshots
+        self._keep, self._keep_bytes = snapshots, snapshot_bytes
         self._snapshots: list[Held] = []
         # What was generated last, to go on from; None while a forward pass runs, since an exception in the middle of
         # one leaves some layers ahead of others.
@@ -74,8 +88,7 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes of the live caches and the copies; bytes that they share count once for each."""
-        held = [*self._snapshots, *([self._live] if self._live else [])]
-        return sum(layer.nbytes for h in held for layer in h.cache)
+        return sum(held.nbytes for held in (*self._snapshots, *([self._live] if self._live else [])))
 
     def prefill(self, prompt: Sequence[int], progress: Progress | None = None) -> int:
         """Fill the caches with a prompt and keep a copy; the number of tokens this took."""
@@ -153,6 +166,12 @@ class Session:
         return held
 
     def _remember(self, held: Held) -> None:
-        if held.tokens:
-            others = [h for h in self._snapshots if h.tokens != held.tokens]
-            self._snapshots = [*others, held][-self._keep :]
+        if not held.tokens:
+            return
+        kept, nbytes = [held], 0
+        for other in reversed([h for h in self._snapshots if h.tokens != held.tokens][-self._keep + 1 :]):
+            nbytes += other.nbytes
+            if nbytes > self._keep_bytes:
+                break
+            kept.append(other)
+        self._snapshots = kept[::-1]

@@ -19,6 +19,7 @@ from mlx_v4flash.errors import RequestError
 from mlx_v4flash.events import Event, Reasoning, Text, ToolCall, ToolResult, Usage
 from mlx_v4flash.model import Model
 from mlx_v4flash.sampling import SamplingParams, ThinkBudget, card_defaults
+from mlx_v4flash.session import Session
 from mlx_v4flash.tiny import write_tiny
 from mlx_v4flash.tools import Tool
 
@@ -127,14 +128,41 @@ def test_budget_sampler(limit: int) -> None:
     assert drawn == expected
 
 
-def test_leaving_the_loop_keeps_the_partial_answer(loaded: tuple[Model, Encoding]) -> None:
-    chat = chat_of(loaded, thought("think", "a long answer"), thought("", "fine"))
-    pieces = (e.text for e in chat.send("x") if isinstance(e, Text))
-    assert "".join(itertools.islice(pieces, 6)) == "a long"
-    before = chat.messages
+def test_copies_are_limited(loaded: tuple[Model, Encoding]) -> None:
+    def held(session: Session) -> list[int]:
+        return [len(snapshot.tokens) for snapshot in session._snapshots]
+
+    prompts = [[0, 5, *range(20, 20 + n)] for n in (3, 8, 13)]
+    few, small = Session(loaded[0], snapshots=2), Session(loaded[0], snapshot_bytes=0)
+    for session in (few, small):
+        for prompt in prompts:
+            session.prefill(prompt)
+    assert held(few) == [10, 15] and held(small) == [15]
+    assert few.prefill(prompts[0]) == 5 and held(few) == [15, 5]
+
+
+def test_leaving_a_run_leaves_no_call_open(loaded: tuple[Model, Encoding]) -> None:
+    chat = chat_of(loaded, thought("", "", ("add", {"a": 1}), ("add", {"a": 2})), thought("", "fine"), tools=[add])
+    for event in chat.run("x"):
+        if isinstance(event, ToolCall):
+            break
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool"]
     assert text_of(chat.send("y")) == "fine"
-    assert [m["content"] for m in chat.messages] == ["x", "a long", "y", "fine"]
-    assert chat.turns[0].finish_reason == "interrupted" and before is chat.messages
+
+
+def test_leaving_the_loop_keeps_the_partial_answer(loaded: tuple[Model, Encoding]) -> None:
+    chat = chat_of(loaded, thought("think", "a long answer"), thought("hm", "x"), thought("", "fine"))
+    said = ""
+    for event in chat.send("x"):
+        said += event.text if isinstance(event, Text) else ""
+        if said == "a long":
+            break
+    assert [m["content"] for m in chat.messages] == ["x", "a long"]
+    held = chat.send("y")
+    next(held)
+    assert text_of(chat.send("z")) == "fine"  # settles the answer before it, though somebody still holds it
+    assert [m["content"] for m in chat.messages] == ["x", "a long", "y", "", "z", "fine"]
+    assert [turn.finish_reason for turn in chat.turns] == ["interrupted", "interrupted", "stop"]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6])

@@ -124,14 +124,14 @@ def test_piped_conversation(loaded: tuple[Model, Encoding]) -> None:
 
 
 def test_terminal_shows_thinking_then_markdown(loaded: tuple[Model, Encoding]) -> None:
-    markdown = "# Title\n\nSome **bold** words.\n\n- a\n- b\n"
+    markdown = "*Title*\n\nSome **bold** words.\n\n- a\n- b\n"
     answers = (thought("Let me see.", markdown), thought("Again.", "Done"))
     # Beside the text: <think> and the end; then the same of the second turn, which shares its first four tokens.
     wrote, prompt = len("Let me see.") + len(markdown) + 2, 5 + len(markdown) + 1 + 4
     assert screen_of(loaded, "x\n/think hide\ny\n/think show\n", *answers) == (
         "Let me see.\n"
         "\n"
-        "                           Title\n"
+        "Title\n"
         "\n"
         "Some bold words.\n"
         "\n"
@@ -202,7 +202,7 @@ def test_escapes_do_not_reach_the_terminal(loaded: tuple[Model, Encoding]) -> No
 
 
 TEXTS = {
-    "blocks": "# Head\n\nfirst *one*\nsame paragraph\n\n1. a\n2. b\n\n   inside\n\n3. c\n\nend `code`",
+    "blocks": "first *one*\nsame paragraph\n\n1. a\n2. b\n\n   inside\n\n3. c\n\nend `code`",
     "code": "x\n\n~~~\n\nblank\n\n```\nstill\n~~~\n\nafter\n",
     "table": "| a | b |\n| - | - |\n| 1 | 22 |\n| 333333 | 4 |\n\nafter\n",
     "tall": "start\n\n```\n" + "".join(f"line {n}\n" for n in range(30)) + "```\n\nend\n",
