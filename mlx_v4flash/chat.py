@@ -268,7 +268,7 @@ class Chat:
 
     def _end_running(self) -> None:
         """Settle an answer nobody reads any more."""
-        events = self._running and self._running()
+        events = None if self._running is None else self._running()
         if events is not None:
             events.close()
         self._running = None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +277,8 @@ def typed(keys: str, count: int = 1, defaults: tuple[str, ...] = ("",)) -> list[
 
 def test_typed_lines() -> None:
     assert typed("one\rtwo\r", 2) == ["one", "two"]
-    assert typed("one\x1b\rtwo\x0athree\r") == ["one\ntwo\nthree"]
+    assert typed("one\x1b\rtwo\\\rthree\r") == ["one\ntwo\nthree"]
+    assert typed("one\x0atwo\x0a", 2) == ["one", "two"]
     pasted = "\n".join(f"line {n}" for n in range(2000))
     assert typed(f"\x1b[200~{pasted}\x1b[201~ end\r") == [pasted + " end"]
     assert typed(" changed\r", defaults=("draft",)) == ["draft changed"]
@@ -320,3 +324,36 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(folder: Path) -> None:
     out, err = child.communicate("/stats\n", timeout=60)
     assert child.returncode == 0 and "Traceback" not in err, err
     assert "(stopped)\n" in first + out and out.rstrip().endswith("interrupted")
+
+
+def test_a_terminal(folder: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    command = [sys.executable, "-m", "mlx_v4flash", "chat", "--model", str(folder), "--think", "off", "--temp", "0"]
+    child = subprocess.Popen(
+        [*command, "--max-tokens", "40"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+
+    def until(text: str) -> str:
+        seen = b""
+        end = time.monotonic() + 60
+        while text.encode() not in seen:
+            assert time.monotonic() < end and select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 4096)
+        return seen.decode(errors="replace")
+
+    until("/help")
+    os.write(ours, b"Hello\r")
+    assert "read 9 of 9 tokens" in until("wrote 40 at")
+    until("of 65,536 tokens")
+    os.write(ours, b"/quit\r")
+    while True:
+        try:
+            if not os.read(ours, 4096):
+                break
+        except OSError:  # what Linux says when the other side is closed
+            break
+    assert child.wait(60) == 0
+    os.close(ours)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..encoding import THINK_LEVELS
 from ..errors import RequestError
-from ..terminal import on_interrupt
+from ..terminal import busy
 
 if TYPE_CHECKING:
     from .loop import Repl
@@ -36,7 +36,9 @@ def help(repl: Repl, argument: str) -> None:
     """This list"""
     for name, (command, wanted) in COMMANDS.items():
         repl.screen.note(f"  {f'/{name} {wanted}':38} {command.__doc__}")
-    repl.screen.note("  Enter sends, Alt-Enter (or Ctrl-J) begins a new line, pasted lines stay together.")
+    repl.screen.note(
+        "  Enter sends. Alt-Enter, Esc Enter, or Enter after a backslash begin a new line; pasted lines stay together."
+    )
     repl.screen.note("  Ctrl-C stops an answer and keeps the chat, Ctrl-D leaves.")
 
 
@@ -71,7 +73,7 @@ def read(repl: Repl, argument: str) -> None:
     repl.screen.note(f"{file.name}: {len(repl.chat.encoding.vocabulary.encode([text])):,} tokens")
     message = f"[file name]: {file.name}\n[file content begin]\n{text}\n[file content end]"
     before = len(repl.chat.messages)
-    with repl.screen.prefill() as (progress, _), on_interrupt(repl.chat.stop):
+    with repl.screen.prefill() as (progress, _), busy(repl.chat.stop):
         took = repl.chat.read(message, progress)
     kept = len(repl.chat.messages) > before
     repl.screen.note(f"read {took:,} tokens; what about it?" if kept else "(stopped; the file was not read)")

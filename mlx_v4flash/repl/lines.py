@@ -39,7 +39,10 @@ class Lines(Protocol):
 
 
 class TypedLines:
-    """A line editor with history. Enter sends, Alt-Enter or Ctrl-J begins a new line, pasted text keeps its lines."""
+    """A line editor with history. Enter sends, Alt-Enter or Enter after a backslash begins a new line.
+
+    Pasted text keeps its lines.
+    """
 
     interactive = True
 
@@ -107,11 +110,16 @@ def _keys() -> KeyBindings:
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")  # what Enter is for a terminal that was not listened to yet
     def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
+        buffer = event.current_buffer
+        if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..chat import Chat
 from ..errors import V4FlashError
 from ..events import Event
-from ..terminal import on_interrupt
+from ..terminal import busy
 from .commands import find
 from .lines import Lines
 from .screen import Screen
@@ -61,7 +61,7 @@ class Repl:
 
     def answer(self, events: Iterator[Event]) -> None:
         """Show an answer. Ctrl-C ends it."""
-        with self.screen.prefill() as (progress, done), on_interrupt(self.chat.stop):
+        with self.screen.prefill() as (progress, done), busy(self.chat.stop):
             self.chat.progress = progress
             self.screen.begin()
             with contextlib.closing(events):  # type: ignore[type-var]

@@ -129,7 +129,7 @@ class Screen:
         if usage.finish_reason == "interrupted":
             notes.append("stopped" if usage.generated_tokens else "stopped; the message was taken back")
         elif usage.finish_reason == "length":
-            notes.append("cut off: no room for more tokens (--max-tokens, /ctx)")
+            notes.append("cut off, the limit of tokens is reached: --max-tokens, /ctx")
         if self.console.is_terminal and usage.generated_tokens:
             new, speed = usage.prompt_tokens - usage.cached_tokens, usage.generated_tokens / max(usage.decode_s, 1e-9)
             notes.append(f"read {new:,} of {usage.prompt_tokens:,} tokens in {usage.prefill_s:.1f} s")
