@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from . import chat_file
 from .encoding import THINK_LEVELS, Encoding, Think, shared_tokens
 from .engine import PREFILL_CHUNK
 from .errors import RequestError
-from .events import Event, ToolCall, ToolResult, Usage
+from .events import Event, Meter, ToolCall, ToolResult, Usage
 from .markup import DSML, EOS
 from .model import Model
 from .output_parser import OutputParser
 from .sampling import SamplingParams, ThinkBudget, card_defaults, default_max_tokens
 from .session import Progress, Session
-from .tools import Function, Tool
+from .tools import Function, Tool, run_call
 
 Message = dict[str, Any]
 
@@ -166,12 +165,12 @@ class Chat:
             while True:
                 yield from events
                 calls = self.open_calls()
-                known = {tool.name: tool for tool in self.tools}
-                if not calls or any(call.name in known and known[call.name].function is None for call in calls):
+                theirs = {tool.name for tool in self.tools if tool.function is None}
+                if not calls or any(call.name in theirs for call in calls):
                     return
                 last = left <= 0 or self.turns[-1].finish_reason == "interrupted"
                 for call in calls:
-                    result = self._call(known.get(call.name), call, left)
+                    result = self._call(call, left)
                     left -= 1
                     self.tool_result(call.id, result.content)
                     yield result
@@ -224,11 +223,10 @@ class Chat:
             if known is not None and len(known.tokens) >= stable:
                 return 0
             return self.session.prefill(beginnings[0][:stable], self._progress(progress or self.progress))
-        except _Stopped:
+        except BaseException as e:
             self.messages.pop()
-            return 0
-        except BaseException:
-            self.messages.pop()
+            if isinstance(e, _Stopped):
+                return 0
             raise
 
     def prompt(self, *added: Message) -> list[int]:
@@ -279,30 +277,30 @@ class Chat:
             self._cut(keep)
         self.messages += added
         parser = self.encoding.parser(think=self.think, tools=bool(self.tools))
-        answer = _Answer()
+        meter = Meter()
         self._stopped = False
-        kept = True
+        kept, finished = True, False
         try:
             prompt = self.prompt()
-            yield from self._events(prompt, parser, answer)
+            yield from self._events(prompt, parser, meter)
             yield from parser.finish()
-            answer.closed = True
+            finished = True
         except (GeneratorExit, KeyboardInterrupt):
             raise
         except BaseException:
             kept = False
             raise
         finally:
-            if not answer.closed:
+            if not finished:
                 parser.finish()
-            if kept and answer.tokens:
+            if kept and meter.tokens:
                 self._keep(parser)
-                self.turns.append(answer.usage(len(prompt), self.session.cached_tokens))
+                self.turns.append(meter.usage(len(prompt), self.session.cached_tokens))
             else:
                 self.messages, self._sampled = before
-        yield self.turns[-1] if answer.tokens else answer.usage(len(prompt), self.session.cached_tokens)
+        yield self.turns[-1] if meter.tokens else meter.usage(len(prompt), self.session.cached_tokens)
 
-    def _events(self, prompt: list[int], parser: OutputParser, answer: _Answer) -> Iterator[Event]:
+    def _events(self, prompt: list[int], parser: OutputParser, meter: Meter) -> Iterator[Event]:
         eos = self.encoding.vocabulary.id_of(EOS)
         room = self._room(prompt)
         wanted = default_max_tokens(self.think) if self.max_tokens is None else self.max_tokens
@@ -314,20 +312,20 @@ class Chat:
         )
         try:
             for token in tokens:
-                answer.count()
+                meter.count()
                 if token == eos:
-                    answer.reason = "stop"
+                    meter.reason = "stop"
                 yield from parser.feed(token)
                 if token == eos or parser.done or self._stopped:
                     break
             else:
-                answer.reason = "length"
+                meter.reason = "length"
         except _Stopped:
             return
         finally:
             tokens.close()  # type: ignore[attr-defined]
-        if "tool_calls" in parser.message and answer.reason != "length" and not self._stopped:
-            answer.reason = "tool_calls"
+        if "tool_calls" in parser.message and meter.reason != "length" and not self._stopped:
+            meter.reason = "tool_calls"
 
     def _sampler(self, parser: OutputParser) -> Any:
         chosen = self.sampling or card_defaults(self.encoding.release, tools=bool(self.tools))
@@ -375,30 +373,9 @@ class Chat:
             raise RequestError("undo and retry: expected a message of the user, found none")
         return found[-1]
 
-    def _call(self, tool: Tool | None, call: ToolCall, left: int) -> ToolResult:
+    def _call(self, call: ToolCall, left: int) -> ToolResult:
         if self._stopped:
             return ToolResult(call.id, "error: interrupted", failed=True)
         if left <= 0:
             return ToolResult(call.id, "error: no more calls are allowed; answer with what you have", failed=True)
-        if tool is None:
-            names = ", ".join(tool.name for tool in self.tools)
-            return ToolResult(call.id, f"error: expected one of {names}, found {call.name}", failed=True)
-        return tool.run(call)
-
-
-class _Answer:
-    """Figures of the answer that is being generated."""
-
-    def __init__(self) -> None:
-        self.tokens, self.reason, self.closed = 0, "interrupted", False
-        self._begin = self._first = time.perf_counter()
-
-    def count(self) -> None:
-        self.tokens += 1
-        if self.tokens == 1:
-            self._first = time.perf_counter()
-
-    def usage(self, prompt_tokens: int, cached_tokens: int) -> Usage:
-        now = time.perf_counter()
-        first = self._first if self.tokens else now
-        return Usage(prompt_tokens, cached_tokens, self.tokens, self.reason, first - self._begin, now - first)
+        return run_call(self.tools, call)

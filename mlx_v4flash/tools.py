@@ -79,6 +79,15 @@ class Tool:
         return ToolResult(call.id, content)
 
 
+def run_call(tools: Sequence[Tool], call: ToolCall) -> ToolResult:
+    """Run a call of one of these tools; an unknown name is a result, too."""
+    found = [tool for tool in tools if tool.name == call.name]
+    if not found:
+        names = ", ".join(tool.name for tool in tools)
+        return ToolResult(call.id, f"error: expected one of {names}, found {call.name}", failed=True)
+    return found[0].run(call)
+
+
 def read_tools(file: Path) -> list[Tool]:
     """Definitions from a JSON file: a list, or an object with the list as `tools`.
 

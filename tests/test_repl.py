@@ -344,10 +344,11 @@ def test_a_terminal(folder: Path, tmp_path: Path) -> None:
             seen += os.read(ours, 4096)
         return seen.decode(errors="replace")
 
-    until("/help")
+    listening = "\x1b[?12l\x1b[?25h"  # the cursor is shown again when the line is drawn
+    until(listening)
     os.write(ours, b"Hello\r")
     assert "read 9 of 9 tokens" in until("wrote 40 at")
-    until("of 65,536 tokens")
+    until(listening)
     os.write(ours, b"/quit\r")
     while True:
         try:
