@@ -120,7 +120,8 @@ class Encoding:
             opens_answer: False ends the prompt behind the last message.
             sampled: by position of an assistant message, the ids it was generated as (`OutputParser.sampled`). They
                 stand in the prompt as they are if its reasoning is there as it was then. So the prompt begins with
-                what the caches hold, where rendering the message again might choose other tokens.
+                what the caches hold, where rendering the message again might choose other tokens. Take none from
+                clients: ids can be marks.
 
         Raises:
             EncodingError: the place in the messages or tools, what was expected there and what was found.
@@ -166,6 +167,9 @@ class Encoding:
         sampled: Mapping[int, Sequence[int]] | None = None,
     ) -> list[Piece]:
         _check_think(think)
+        for name, value in (("messages", messages), ("tools", tools)):
+            if not isinstance(value, list | tuple):
+                raise EncodingError(f"{name}: expected a list, found {value!r}")
         if not messages:
             raise EncodingError("messages: expected at least one, found none")
         systems, turns = read_messages(messages, sampled or {})

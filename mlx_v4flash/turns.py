@@ -101,7 +101,7 @@ def read_messages(
         elif role == "latest_reminder":
             turns.append(ReminderTurn(text))
         else:
-            call_id = message.get("tool_call_id") if role == "tool" else None
+            call_id = _call_id(message.get("tool_call_id"), f"{where}.tool_call_id") if role == "tool" else None
             _add_block(turns, Block(text, role == "tool", call_id), message.get("task"), where)
     _sort_results(turns)
     return systems, turns
@@ -164,8 +164,8 @@ def _task_pieces(task: str | None, thinking: bool) -> list[Piece]:
     return [ASSISTANT, THINK if thinking else END_THINK, TASKS[task]] if task == "action" else [TASKS[task]]
 
 
-def _add_block(turns: list[Turn], block: Block, task: str | None, where: str) -> None:
-    if task is not None and task not in TASKS:
+def _add_block(turns: list[Turn], block: Block, task: Any, where: str) -> None:
+    if task is not None and (not isinstance(task, str) or task not in TASKS):
         raise EncodingError(f"{where}.task: expected one of {', '.join(TASKS)}, found {task!r}")
     last = turns[-1] if turns else None
     if isinstance(last, UserTurn) and (last.task is None or block.is_result):
@@ -198,7 +198,13 @@ def _read_call(call: Any, where: str) -> tuple[str | None, str, dict[str, Any]]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise EncodingError(f"{where}: expected a function with a name and arguments, found {call!r}")
     arguments = arguments_of(function.get("arguments"))
-    return call.get("id"), well_formed(function["name"]), arguments
+    return _call_id(call.get("id"), f"{where}.id"), well_formed(function["name"]), arguments
+
+
+def _call_id(value: Any, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise EncodingError(f"{where}: expected text, found {value!r}")
+    return value
 
 
 def _add_answer(turns: list[Turn], answer: AssistantTurn) -> None:

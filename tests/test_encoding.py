@@ -586,6 +586,7 @@ def test_other_tokenizers_are_refused(content: str | None, error: str, tmp_path:
         ([message("assistant", "x", tool_calls=[{}])], {}, r"messages\[0\].tool_calls\[0\]: expected a function"),
         ([message("assistant", "x", prefix=True), TWO_PLUS_TWO], {}, "prefix: expected it in the last message"),
         ([message("assistant", "x", prefix=True, tool_calls=TWO_CALLS)], {}, "prefix: .* found tool_calls"),
+        ([message("tool", "x", tool_call_id=5)], {}, r"messages\[0\].tool_call_id: expected text, found 5"),
         ([message("user", "x", task="dance")], {}, r"messages\[0\].task: expected one of action, .* found 'dance'"),
         ([TWO_PLUS_TWO], {"think": "hard"}, "think: expected off, low, high, max, found 'hard'"),
         ([TWO_PLUS_TWO], {"tools": [{}]}, r"tools\[0\]: expected a function with a name"),
@@ -599,6 +600,42 @@ def test_other_tokenizers_are_refused(content: str | None, error: str, tmp_path:
 def test_errors(messages: list[Any], options: dict[str, Any], error: str) -> None:
     with pytest.raises(EncodingError, match=error):
         encoding().prompt(messages, **options)
+
+
+keys = st.sampled_from(["role", "content", "tool_calls", "reasoning_content", "tool_call_id", "prefix", "task", "id",
+                        "type", "text", "function", "name", "arguments", "parameters", "description"])  # fmt: skip
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+    | st.sampled_from(["user", "assistant", "tool", "system", "text", "title", "{", '{"a": 1}', "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+some_messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool", "system", "developer"])},
+        optional={
+            "content": anything,
+            "reasoning_content": anything,
+            "tool_call_id": anything,
+            "tool_calls": anything | st.lists(st.fixed_dictionaries({"name": st.text(), "arguments": anything})),
+            "prefix": anything,
+            "task": anything,
+        },
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(some_messages | anything, st.lists(anything, max_size=2))
+def test_any_json_is_a_prompt_or_an_error(messages: Any, tools: list[Any]) -> None:
+    for given_tools in (tools, []):
+        try:
+            ids = encoding().prompt(messages, tools=given_tools)
+        except EncodingError:
+            continue
+        assert ids[0] == 0 and ids.count(0) == 1
+        assert vocabulary().decode(ids) == encoding().render(messages, tools=given_tools)
 
 
 def test_errors_of_settings() -> None:

@@ -116,7 +116,10 @@ CASES: list[tuple[str, Answer]] = [
     (f"a</think>b{USER}c", ("a", f"b{USER}c", [])),
     # So is what begins like a call and goes on otherwise, and reasoning goes on behind it.
     (f'a\n<{DSML}invoke name="f"> is\n</think>b', (f'a\n<{DSML}invoke name="f"> is', "b", [])),
-    (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n</think>b', (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">', "b", [])),
+    (
+        f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n</think>b',
+        (f'a\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">', "b", []),
+    ),
     (f'</think>a\n<{DSML}invoke name="f"\n', ("", f'a\n<{DSML}invoke name="f"\n', [])),
     (f'</think><{DSML}invoke name="{"f" * 400}', ("", f'<{DSML}invoke name="{"f" * 400}', [])),
     (
