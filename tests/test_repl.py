@@ -336,13 +336,16 @@ def test_a_terminal(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     os.close(theirs)
 
+    seen = b""
+
     def until(text: str) -> str:
-        seen = b""
+        nonlocal seen
         end = time.monotonic() + 60
         while text.encode() not in seen:
             assert time.monotonic() < end and select.select([ours], [], [], 60)[0], seen
             seen += os.read(ours, 4096)
-        return seen.decode(errors="replace")
+        found, seen = seen.split(text.encode(), 1)
+        return found.decode(errors="replace")
 
     listening = "\x1b[?12l\x1b[?25h"  # the cursor is shown again when the line is drawn
     until(listening)
