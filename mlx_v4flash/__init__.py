@@ -1,5 +1,6 @@
 """DeepSeek-V4-Flash in MLX."""
 
+from .chat import Chat
 from .config import ModelConfig
 from .engine import generate, stream_generate
 from .errors import V4FlashError
@@ -11,6 +12,7 @@ from .sampling import SamplingParams
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "Model",
     "ModelConfig",
     "SamplingParams",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from metal_kernels import KernelError
 
 from . import __version__
 from .errors import V4FlashError
+from .options import PATH, chat_options, chosen_sampling, model_options, sampling_options
 
 
 class _Group(click.Group):
@@ -35,71 +36,43 @@ def main() -> None:
     """Run DeepSeek-V4-Flash with MLX."""
 
 
-Command = Callable[..., Any]
-
-
-def model_options(command: Command) -> Command:
-    """Which model, and how it computes."""
-    options = [
-        click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small random model."),
-        click.option("--revision", help="Branch, tag or commit of the repository."),
-        click.option("--dtype", default="bfloat16", show_default=True, help="Of activations: bfloat16 or float32."),
-        click.option("--cache-quant/--no-cache-quant", default=True, show_default=True,
-                     help="The FP8 and FP4 rounding of cached rows that the model was trained with."),
-        click.option("--activation-quant/--no-activation-quant", default=False, show_default=True,
-                     help="FP8 rounding of inputs of linear layers, as in the official code."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def sampling_options(command: Command) -> Command:
-    """How tokens are drawn; the defaults are those of SamplingParams."""
-    options = [
-        click.option("--temp", type=float, help="Temperature; 0, the default, takes the most likely token."),
-        click.option("--top-p", type=float, help="Keep the most likely tokens that reach this probability."),
-        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
-        click.option("--top-k", type=int, help="Keep this many tokens."),
-        click.option("--seed", type=int, help="Seed of the random numbers."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @main.command()
 @click.argument("prompt")
 @model_options
 @sampling_options
-@click.option("--max-tokens", default=256, show_default=True, help="Stop after this many tokens.")
-@click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass.")
+@chat_options
+@click.option("--raw/--chat", default=None, help="Continue PROMPT as it is, or answer it. Base models continue.")
+@click.option("--tools", type=PATH, help="JSON file with tools the model may call; its calls are printed as JSON.")
+@click.option("--show-thinking/--hide-thinking", default=None,
+              help="Reasoning on stderr. Shown, dimmed, if that is a terminal.")  # fmt: skip
 @click.option("--stats", is_flag=True, help="Print speed, bytes and memory to stderr at the end.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line: pieces of text, then a summary.")
-def generate(prompt: str, max_tokens: int, prefill_chunk: int, stats: bool, as_json: bool, **options: Any) -> None:
-    """Continue PROMPT; `-` reads it from standard input.
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line: pieces of the answer, then a summary.")
+def generate(prompt: str, **options: Any) -> None:
+    """Answer PROMPT; `-` reads it from standard input.
 
-    The answer goes to standard output, everything else to standard error.
+    The answer, and it alone, goes to standard output; reasoning, progress and figures go to standard error.
     """
-    from .run import Run
-    from .sampling import SamplingParams
+    from .answer import generate
 
-    chosen = {name: options.pop(name) for name in ("temp", "top_p", "min_p", "top_k", "seed")}
-    sampling = SamplingParams(**{name: value for name, value in chosen.items() if value is not None})
-    if prompt == "-":
-        prompt = sys.stdin.read()
     with _model(options.pop("model")) as folder:
-        run = Run.load(folder, **options)
-        for text in run.stream(prompt, sampling, max_tokens=max_tokens, prefill_chunk=prefill_chunk):
-            click.echo(json.dumps({"text": text}) if as_json else text, nl=as_json)
-    if as_json:
-        click.echo(json.dumps(run.summary()))
-    else:
-        click.echo()
-    if stats:
-        run.print_stats()
-    if run.finish_reason == "interrupted":
+        reason = generate(folder, sys.stdin.read() if prompt == "-" else prompt, chosen_sampling(options), **options)
+    if reason == "interrupted":
         sys.exit(130)
+
+
+@main.command()
+@model_options
+@sampling_options
+@chat_options
+@click.option("--context", type=int, help="Tokens the conversation may have. Default: what the model was made for.")
+@click.option("--load", "saved", type=PATH, help="Go on with a conversation that /save wrote.")
+@click.option("--hide-thinking", is_flag=True, help="Show how long the model thinks, not what.")
+def chat(**options: Any) -> None:
+    """Talk with the model; /help in the conversation says how."""
+    from .repl import chat
+
+    with _model(options.pop("model")) as folder:
+        chat(folder, chosen_sampling(options), **options)
 
 
 @main.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -64,11 +64,44 @@ def stream_generate(
     )
     seen = list(ids)
     for response in responses:
-        # One NaN among the logits makes every log-probability NaN.
-        if mx.isnan(response.logprobs[response.token]).item():
-            raise NumericsError(_where_not_a_number(model, seen if fresh else None, cache, prefill_chunk))
+        _expect_number(model, response.token, response.logprobs, seen if fresh else None, cache, prefill_chunk)
         seen.append(response.token)
         yield response
+
+
+def stream_tokens(
+    model: Model,
+    ids: Sequence[int],
+    max_tokens: int,
+    *,
+    prompt_cache: list[LayerCache],
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    prompt_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[int]:
+    """Yield generated ids, without an end: the caches hold those that were yielded, the last one included.
+
+    Arguments and errors as for `stream_generate`; max_tokens 0 fills the caches with the prompt and yields nothing.
+    """
+    ids = list(ids)
+    fresh = prompt_cache[0].empty()
+    room = _check(model, ids, prompt_cache[0].position, max(max_tokens, 1), prefill_chunk)
+    with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
+        steps = generate_step(
+            mx.array(ids),
+            model,
+            max_tokens=min(max_tokens, room),
+            sampler=sampler,
+            prompt_cache=prompt_cache,
+            prefill_step_size=prefill_chunk,
+            prompt_progress_callback=prompt_progress,
+        )
+        step: tuple[Any, mx.array]
+        for step in steps:  # mlx-lm annotates the ids as arrays; they are numbers
+            token, logprobs = int(step[0]), step[1]
+            _expect_number(model, token, logprobs, ids if fresh else None, prompt_cache, prefill_chunk)
+            ids.append(token)
+            yield token
 
 
 def generate(model: Model, tokenizer: TokenizerWrapper, prompt: Prompt, max_tokens: int = 256, **options: Any) -> str:
@@ -111,6 +144,14 @@ def _check(model: Model, ids: list[int], position: int, max_tokens: int, prefill
             f"model's context of {config.max_position_embeddings}, found {len(ids)}\nhint: shorten the prompt"
         )
     return room
+
+
+def _expect_number(
+    model: Model, token: int, logprobs: mx.array, seen: list[int] | None, cache: list[LayerCache], chunk: int
+) -> None:
+    # One NaN among the logits makes every log-probability NaN.
+    if mx.isnan(logprobs[token]).item():
+        raise NumericsError(_where_not_a_number(model, seen, cache, chunk))
 
 
 def _where_not_a_number(model: Model, ids: list[int] | None, cache: list[LayerCache], chunk: int) -> str:

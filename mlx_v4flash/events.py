@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 
@@ -34,6 +35,15 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class ToolResult:
+    """What a call returned; `failed` if the content is what went wrong."""
+
+    call_id: str
+    content: str
+    failed: bool = False
+
+
+@dataclass(frozen=True)
 class Usage:
     """The last event of an answer.
 
@@ -51,4 +61,24 @@ class Usage:
     decode_s: float
 
 
-Event = Reasoning | Text | ToolCall | Usage
+class Meter:
+    """Counts the tokens of an answer and takes the times; `reason` is why it ended."""
+
+    def __init__(self) -> None:
+        self.tokens, self.reason = 0, "interrupted"
+        self._begin = self._first = time.perf_counter()
+
+    def count(self) -> None:
+        """Another token is there."""
+        self.tokens += 1
+        if self.tokens == 1:
+            self._first = time.perf_counter()
+
+    def usage(self, prompt_tokens: int, cached_tokens: int) -> Usage:
+        """The figures up to now."""
+        now = time.perf_counter()
+        first = self._first if self.tokens else now
+        return Usage(prompt_tokens, cached_tokens, self.tokens, self.reason, first - self._begin, now - first)
+
+
+Event = Reasoning | Text | ToolCall | ToolResult | Usage

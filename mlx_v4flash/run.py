@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from rich.console import Console
 
 import metal_kernels
 
+from .chat import Chat
 from .engine import stream_generate
+from .events import Event, Usage
 from .loading import load
 from .model import Model
 from .progress import bar
-from .sampling import SamplingParams
+from .sampling import SamplingParams, card_defaults
+from .terminal import on_interrupt
 
 
 @dataclass
@@ -33,8 +36,10 @@ class Run:
     tokenizer: TokenizerWrapper
     load_s: float
     load_bytes: int
+    folder: str = ""
     finish_reason: str = "none"
     last: GenerationResponse | None = field(default=None, repr=False)
+    usage: Usage | None = None
 
     @classmethod
     def load(
@@ -57,7 +62,35 @@ class Run:
                 quantize_activations=activation_quant,
                 progress=count,
             )
-        return cls(model, tokenizer, time.perf_counter() - start, size)
+        return cls(model, tokenizer, time.perf_counter() - start, size, str(folder))
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the model continues text rather than answers: base checkpoints have FP8 experts, or are called so."""
+        return self.model.config.expert_dtype == "fp8" or "-base" in Path(self.folder).name.lower()
+
+    def chat(self, sampling: dict[str, Any], **options: Any) -> Chat:
+        """A conversation with this model.
+
+        Args:
+            sampling: replaces what the model card recommends.
+            options: of `Chat`.
+        """
+        chat = Chat(self.model, self.tokenizer, warn=lambda text: print(f"warning: {text}", file=sys.stderr), **options)
+        card = card_defaults(chat.encoding.release, tools=bool(chat.tools))
+        chat.sampling = replace(card, **sampling)
+        return chat
+
+    def answer(self, chat: Chat, text: str) -> Iterator[Event]:
+        """Events of one answer, the figures among them. Ctrl-C ends it and keeps what there is."""
+        with ExitStack() as stack, on_interrupt(chat.stop):
+            chat.progress = stack.enter_context(bar("prefill", "tokens"))
+            for event in chat.send(text):
+                stack.close()  # the bar would share the terminal with the answer
+                if isinstance(event, Usage):
+                    self.usage, self.finish_reason = event, event.finish_reason
+                else:
+                    yield event
 
     def stream(self, prompt: str, sampling: SamplingParams, **options: Any) -> Iterator[str]:
         """Pieces of the answer. Ctrl-C ends it and keeps what there is."""
@@ -86,6 +119,12 @@ class Run:
             found["prefill_tokens_per_s"] = round(self.last.prompt_tps, 2)
             found["generated_tokens"] = self.last.generation_tokens
             found["decode_tokens_per_s"] = round(self.last.generation_tps, 2)
+        if self.usage is not None:
+            new = self.usage.prompt_tokens - self.usage.cached_tokens
+            found["prompt_tokens"] = self.usage.prompt_tokens
+            found["prefill_tokens_per_s"] = round(new / max(self.usage.prefill_s, 1e-9), 2)
+            found["generated_tokens"] = self.usage.generated_tokens
+            found["decode_tokens_per_s"] = round(self.usage.generated_tokens / max(self.usage.decode_s, 1e-9), 2)
         found["load_s"] = round(self.load_s, 3)
         found["bytes_read"] = self.load_bytes
         found["peak_memory_bytes"] = peak_memory_bytes()

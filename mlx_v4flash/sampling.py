@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -50,3 +50,46 @@ class SamplingParams:
         top_k = self.top_k if self.top_k < vocab_size else 0
         sampler: Callable[[mx.array], mx.array] = make_sampler(self.temp, self.top_p, self.min_p, top_k=top_k)
         return sampler
+
+
+def card_defaults(release: str, *, tools: bool) -> SamplingParams:
+    """What the model card of a release recommends (encoding spec 4). Greedy decoding would think in circles."""
+    return SamplingParams(temp=1.0, top_p=0.95 if tools and release == "v4-0731" else 0.0)
+
+
+def default_max_tokens(think: str) -> int:
+    """How long an answer may get unless told otherwise, reasoning included; DeepSeek's service has the same limits."""
+    return {"off": 8192, "max": 131072}.get(think, 65536)
+
+
+class ThinkBudget:
+    """A sampler that lets the model think for `limit` tokens, then draws the tokens that end the reasoning for it.
+
+    Drawn like any other token, they are fed to the model, lie in its caches and are read by the parser. Whether the
+    model ended its reasoning by itself is decided on the device, so nothing waits.
+
+    Args:
+        sampler: draws the other tokens.
+        closing: the tokens that end the reasoning.
+        ends: tokens after which the model no longer thinks.
+    """
+
+    def __init__(
+        self, sampler: Callable[[mx.array], mx.array], limit: int, closing: Sequence[int], ends: Sequence[int]
+    ) -> None:
+        if limit < 0:
+            raise RequestError(f"think_budget: expected 0 or more, found {limit}")
+        self._sampler, self._limit, self._closing, self._ends = sampler, limit, list(closing), list(ends)
+        self._drawn = 0
+        self._ended = mx.array(False)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        token = self._sampler(logprobs)
+        step = self._drawn - self._limit
+        self._drawn += 1
+        if step < 0:
+            for end in self._ends:
+                self._ended = self._ended | (token == end).any()
+        elif step < len(self._closing):
+            return mx.where(self._ended, token, mx.array(self._closing[step], token.dtype))
+        return token

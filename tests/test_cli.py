@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_v4flash import generate, load
+from mlx_v4flash import Chat, SamplingParams, generate, load
+from mlx_v4flash.answer import Printer
 from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.cli import main
+from mlx_v4flash.events import Reasoning, Text, ToolCall
 from mlx_v4flash.tiny import TINY, write_tiny
 
 
@@ -30,25 +32,103 @@ def run(*args: object, stdin: str | None = None) -> Result:
 
 
 def test_answer_on_stdout_alone(folder: Path) -> None:
-    result = run("generate", "Hello", "--model", folder, "--max-tokens", 9)
+    result = run("generate", "Hello", "--model", folder, "--max-tokens", 9, "--raw")
     assert result.exit_code == 0 and result.stderr == ""
     assert result.stdout == generate(*load(folder), "Hello", 9) + "\n"
 
 
+CHAT = ("--think-budget", 3, "--max-tokens", 9, "--temp", 0)
+
+
+def test_chat_answer_on_stdout_alone(folder: Path) -> None:
+    chat = Chat(*load(folder), think_budget=3, max_tokens=9, sampling=SamplingParams(), system="S")
+    events = list(chat.send("Hello"))
+    reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
+    text = "".join(e.text for e in events if isinstance(e, Text))
+    assert text and reasoning
+    result = run("generate", "Hello", "--model", folder, "--system", "S", *CHAT)
+    assert result.stdout == text + "\n" and result.stderr == ""
+    result = run("generate", "Hello", "--model", folder, "--system", "S", *CHAT, "--show-thinking")
+    assert result.stdout == text + "\n" and result.stderr == reasoning + "\n\n"
+    result = run("generate", "Hello", "--model", folder, "--system", "S", *CHAT, "--json")
+    *pieces, summary = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "".join(p.get("reasoning", "") for p in pieces) == reasoning
+    assert "".join(p.get("text", "") for p in pieces) == text
+    assert summary["finish_reason"] == "length" and summary["generated_tokens"] == 9
+
+
+def test_calls_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Printer(as_json=False, show_thinking=False)
+    for event in (Reasoning("hm"), Text("Let me see."), ToolCall("1", "f", '{"a": 1}'), ToolCall("2", "g", "{")):
+        out.show(event)
+    captured = capsys.readouterr()
+    text, *calls = captured.out.splitlines()
+    assert (text, captured.err) == ("Let me see.", "")
+    assert [json.loads(call) for call in calls] == [
+        {"id": "1", "name": "f", "arguments": {"a": 1}},
+        {"id": "2", "name": "g", "arguments": "{"},
+    ]
+
+
+def test_tools_of_a_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([{"name": "weather", "parameters": {"type": "object"}}]))
+    plain, tools = (
+        json.loads(run("generate", "x", "--model", folder, *CHAT, "--json", *more).stdout.splitlines()[-1])
+        for more in ((), ("--tools", file))
+    )
+    assert tools["prompt_tokens"] > plain["prompt_tokens"] + 500  # the model is told how to call
+    file.write_text("{}")
+    result = run("generate", "x", "--model", folder, "--tools", file)
+    assert result.exit_code == 1 and "tools.json: expected a list of tools, found NoneType" in result.stderr
+
+
+def test_base_models_continue_text(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m", base=True)
+    result = run("generate", "Hello", "--model", folder, "--max-tokens", 5)
+    assert result.stdout == generate(*load(folder), "Hello", 5) + "\n"
+    assert run("generate", "Hello", "--model", folder, *CHAT, "--chat").stdout != result.stdout
+    result = run("generate", "Hello", "--model", folder, "--system", "S")
+    assert result.exit_code == 1 and "expected a chat, found raw text" in result.stderr
+
+
+def test_release_changes_the_prompt(folder: Path) -> None:
+    lengths = [
+        json.loads(run("generate", "x", "--model", folder, *CHAT, "--json", "--release", r).stdout.splitlines()[-1])
+        for r in ("v4-preview", "v4-0731")
+    ]
+    assert lengths[1]["prompt_tokens"] - lengths[0]["prompt_tokens"] == 476  # bytes of the effort text of the latter
+    assert "expected v4-preview or v4-0731, found" in run("generate", "x", "--model", folder, "--release", "9").stderr
+
+
 def test_default_model_works_offline_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = run("generate", "Hello", "--max-tokens", 3)
+    result = run("generate", "Hello", "--think", "off", "--temp", 0, "--max-tokens", 9)
     assert result.exit_code == 0 and len(result.stdout) > 1
     assert "small random model" in result.stderr
 
 
 def test_prompt_from_stdin_equals_argument(folder: Path) -> None:
-    options = ("--model", folder, "--max-tokens", 5)
+    options = ("--model", folder, "--max-tokens", 5, "--raw")
     assert run("generate", "-", *options, stdin="two\nlines").stdout == run("generate", "two\nlines", *options).stdout
 
 
 def test_json_is_one_object_per_line(folder: Path) -> None:
-    options = ("--model", folder, "--max-tokens", 6, "--temp", 1, "--top-p", 0.9, "--min-p", 0.01, "--top-k", 40)
+    options = (
+        "--model",
+        folder,
+        "--raw",
+        "--max-tokens",
+        6,
+        "--temp",
+        1,
+        "--top-p",
+        0.9,
+        "--min-p",
+        0.01,
+        "--top-k",
+        40,
+    )
     result = run("generate", "Hello", *options, "--seed", 4, "--json")
     *pieces, summary = [json.loads(line) for line in result.stdout.splitlines()]
     assert "".join(p["text"] for p in pieces) + "\n" == run("generate", "Hello", *options, "--seed", 4).stdout
@@ -67,7 +147,7 @@ def test_stats_go_to_stderr(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_numerics_are_options(folder: Path, dtype: str) -> None:
     options = {"dtype": dtype, "simulate_cache_quant": False, "quantize_activations": True}
-    flags = ("--dtype", dtype, "--no-cache-quant", "--activation-quant")
+    flags = ("--raw", "--dtype", dtype, "--no-cache-quant", "--activation-quant")
     want = generate(*load(folder, **options), "abc", 8)
     assert run("generate", "abc", "--model", folder, "--max-tokens", 8, *flags).stdout == want + "\n"
 
@@ -120,8 +200,9 @@ def test_bench_reports_frontiers(folder: Path, tmp_path: Path) -> None:
     assert "140" in run("bench", "--model", folder, *options).stdout
 
 
-def test_ctrl_c_keeps_what_was_generated(folder: Path) -> None:
-    command = [sys.executable, "-m", "mlx_v4flash", "generate", "Hello", "--model", str(folder), "--json"]
+@pytest.mark.parametrize("mode", [("--raw",), ("--think", "off", "--temp", "0")], ids=["raw", "chat"])
+def test_ctrl_c_keeps_what_was_generated(folder: Path, mode: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "mlx_v4flash", "generate", "Hello", "--model", str(folder), "--json", *mode]
     child = subprocess.Popen(
         [*command, "--max-tokens", "50000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -134,14 +215,15 @@ def test_ctrl_c_keeps_what_was_generated(folder: Path) -> None:
     *pieces, summary = [json.loads(line) for line in (first + rest).splitlines()]
     assert child.returncode == 130 and "Traceback" not in err
     assert summary["finish_reason"] == "interrupted" and 1 <= summary["generated_tokens"] < 50000
-    assert len(pieces) >= summary["generated_tokens"]
+    assert len(pieces) >= summary["generated_tokens"] * (mode[0] == "--raw") and pieces
 
 
 def test_help_names_every_option() -> None:
     text = run("generate", "--help").stdout
     for option in (
         "--model", "--max-tokens", "--temp", "--top-p", "--min-p", "--top-k", "--seed", "--prefill-chunk", "--stats",
-        "--json", "--revision",
+        "--json", "--revision", "--raw", "--system", "--think", "--tools", "--think-budget", "--release",
+        "--show-thinking",
     ):  # fmt: skip
         assert option in text
 

@@ -1,0 +1,94 @@
+"""A conversation in a file: mlx-lm's format of prompt caches, with the messages beside the caches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+
+from .cache import LayerCache
+from .errors import RequestError
+from .mlx_lm_bridge import register
+from .model import Model
+from .session import Held
+from .tools import Tool
+
+if TYPE_CHECKING:
+    from .chat import Chat
+
+_KEY = "mlx_v4flash_chat"
+_VERSION = 1
+
+
+def save(chat: Chat, path: Path, sampled: dict[int, list[int]]) -> Path:
+    """Write the caches that the next turn will go on from; the path with its suffix.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    # Reasoning that the next prompt leaves out would be bytes for nothing.
+    held = chat.session.known(chat.prompt({"role": "user", "content": "a"})) or Held([], chat.model.make_cache())
+    values = {
+        "version": _VERSION,
+        "model": fingerprint(chat.model),
+        "system": chat.system,
+        "think": chat.think,
+        "tools": [tool.definition for tool in chat.tools],
+        "messages": chat.messages,
+        "sampled": sampled,
+        "tokens": held.tokens,
+    }
+    path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+    part = path.with_name(f".{path.name}.part.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_prompt_cache(str(part), held.cache, {_KEY: json.dumps(values)})
+        part.replace(path)  # an interrupted write leaves the old file
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise RequestError(f"{path}: cannot be written: {e}") from e
+    return path
+
+
+def load(chat: Chat, path: Path) -> tuple[int, dict[int, list[int]]]:
+    """Give a chat the conversation of a file; tokens in its caches, and what answers were generated as."""
+    if not path.is_file() and path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    values, cache = _read(path)
+    functions = {tool.name: tool.function for tool in chat.tools}
+    tools = [Tool.of(definition) for definition in values["tools"]]
+    chat.tools = [Tool(tool.definition, functions.get(tool.name)) for tool in tools]
+    chat.messages, chat.system, chat.think = values["messages"], values["system"], values["think"]
+    same = values["model"] == fingerprint(chat.model) and len(cache) == len(chat.model.layers)
+    tokens = values["tokens"] if same and values["tokens"] else []
+    chat.session.adopt(Held(tokens, cache) if tokens else Held([], chat.model.make_cache()))
+    return len(tokens), {int(n): ids for n, ids in values["sampled"].items()}
+
+
+def fingerprint(model: Model) -> str:
+    """Tells models apart whose caches must not be mixed up: by config, numerics and some of the weights."""
+    known = hashlib.sha256(repr((model.config, model.numerics)).encode())
+    known.update(np.array(model.norm.weight.astype(mx.float32)).tobytes())
+    return known.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[LayerCache]]:
+    wrong = f"{path}: expected a conversation that was saved by this program"
+    if not path.is_file():
+        raise RequestError(f"{path}: expected a saved conversation, found no file")
+    register()  # mlx-lm looks the class of our caches up by its name
+    try:
+        cache, metadata = load_prompt_cache(str(path), return_metadata=True)
+        values = json.loads(metadata[_KEY])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise RequestError(f"{wrong}, found {e!r}") from e
+    if not all(isinstance(layer, LayerCache) for layer in cache):
+        raise RequestError(f"{wrong}, found caches of another kind")
+    if values.get("version") != _VERSION:
+        raise RequestError(f"{wrong}, version {_VERSION}, found version {values.get('version')}")
+    return values, cache

@@ -1,0 +1,68 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+Command = Callable[..., Any]
+
+
+def model_options(command: Command) -> Command:
+    """Which model, and how it computes."""
+    options = [
+        click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small random model."),
+        click.option("--revision", help="Branch, tag or commit of the repository."),
+        click.option("--dtype", default="bfloat16", show_default=True, help="Of activations: bfloat16 or float32."),
+        click.option("--cache-quant/--no-cache-quant", default=True, show_default=True,
+                     help="The FP8 and FP4 rounding of cached rows that the model was trained with."),
+        click.option("--activation-quant/--no-activation-quant", default=False, show_default=True,
+                     help="FP8 rounding of inputs of linear layers, as in the official code."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """How tokens are drawn; the defaults are those of the model card for chats, of SamplingParams otherwise."""
+    options = [
+        click.option(
+            "--temp", type=float, help="Temperature; 0 takes the most likely token. Default: 1 for chats, 0 otherwise."
+        ),
+        click.option("--top-p", type=float, help="Keep the most likely tokens that reach this probability."),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
+        click.option("--top-k", type=int, help="Keep this many tokens."),
+        click.option("--seed", type=int, help="Seed of the random numbers."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def chat_options(command: Command) -> Command:
+    """How the model is talked to, and how much it may say."""
+    options = [
+        click.option("--system", help="What the model is told before everything else."),
+        click.option("--think", type=click.Choice(["off", "low", "high", "max"]), default="high", show_default=True,
+                     help="How much the model thinks before it answers."),
+        click.option("--think-budget", type=int, metavar="N", help="End the reasoning after N tokens."),
+        click.option("--release", help="v4-preview or v4-0731. Default: guessed from the checkpoint."),
+        click.option("--max-tokens", type=int, help="Stop after this many, reasoning included. Default: by --think: "
+                     "8192 off, 131072 max, else 65536; 256 for raw text."),
+        click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def chosen_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the sampling options that were given out of all options."""
+    found = {name: options.pop(name) for name in ("temp", "top_p", "min_p", "top_k", "seed")}
+    return {name: value for name, value in found.items() if value is not None}

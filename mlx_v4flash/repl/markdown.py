@@ -1,0 +1,107 @@
+"""Markdown on a terminal while it is being written."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from ..terminal import clean
+
+# Redraws per second; more is not seen.
+_RATE = 15.0
+
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_CONTINUES = re.compile(r"\s|[-*+](\s|$)|\d{1,9}[.)](\s|$)|[-*+\d]$")
+
+_STYLE = re.compile(r"\x1b\[[\d;]*m")
+
+# A terminal that knows these shows what lies between at once; others ignore them.
+_BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
+
+
+class StreamedMarkdown:
+    """Draws blocks as they grow. Finished blocks are left alone; of the last one only changed lines are drawn again.
+
+    Args:
+        console: a terminal.
+        clock: seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._text = ""
+        self._drawn: list[str] = []
+        self._any = False
+        self._last = float("-inf")
+
+    def feed(self, text: str) -> None:
+        """More text; its control characters become visible."""
+        self._text += clean(text).expandtabs(4)
+        now = self._clock()
+        if now - self._last >= 1 / _RATE:
+            self._last = now
+            self._update()
+
+    def finish(self) -> None:
+        """Draw what is left."""
+        self._update()
+        self._settle(self._text)
+        self._text = ""
+
+    def _update(self) -> None:
+        end = block_end(self._text)
+        if end:
+            self._settle(self._text[:end])
+            self._text = self._text[end:].lstrip("\n")
+        self._draw(self._lines(self._text))
+
+    def _settle(self, block: str) -> None:
+        lines = self._lines(block)
+        self._draw(lines)
+        self._any |= bool(lines)
+        self._drawn = []
+
+    def _lines(self, block: str) -> list[str]:
+        if not block.strip():
+            return []
+        with self._console.capture() as capture:
+            self._console.print(Markdown(block, code_theme="ansi_dark", hyperlinks=False))
+        lines = [line.rstrip() for line in capture.get().split("\n")]
+        shown = [n for n, line in enumerate(lines) if _STYLE.sub("", line).strip()]
+        lines = lines[shown[0] : shown[-1] + 1] if shown else []
+        return ["", *lines] if self._any and lines else lines  # one empty line between blocks
+
+    def _draw(self, lines: list[str]) -> None:
+        same = next((n for n, (a, b) in enumerate(zip(self._drawn, lines, strict=False)) if a != b),
+                    min(len(self._drawn), len(lines)))  # fmt: skip
+        # Lines that have left the screen cannot be reached any more.
+        first = max(same, len(self._drawn) - (self._console.height - 1))
+        up = len(self._drawn) - first
+        if not up and first == len(lines):
+            return
+        move = f"\r\x1b[{up}A" if up else "\r"
+        changed = "".join(f"{line}\x1b[K\n" for line in lines[first:])
+        self._console.file.write(f"{_BEGIN}{move}{changed}\x1b[J{_END}")
+        self._console.file.flush()
+        self._drawn = lines
+
+
+def block_end(text: str) -> int:
+    """Where the last finished block ends; 0 if none is. What follows it would not change how it looks."""
+    end = position = 0
+    fence = ""
+    blank = False
+    for line in text.splitlines(keepends=True):
+        mark = _FENCE.match(line)
+        is_last = not line.endswith("\n")
+        if not fence and blank and line.strip() and not _CONTINUES.match(line) and not (is_last and len(line) < 4):
+            end = position
+        if mark and (not fence or (mark[1].startswith(fence) and not line[mark.end() :].strip())):
+            fence = "" if fence else mark[1]
+        blank = not line.strip()
+        position += len(line)
+    return end
