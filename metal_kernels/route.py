@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape, kernel, scalar, use_kernel
+from ._dispatch import expect_shape, kernel, scalar, use_kernel, without_kernel
 
 # One lane of a simdgroup for each.
 MAX_CHOSEN = 32
@@ -24,7 +24,7 @@ def route(logits: mx.array, bias: mx.array, k: int, scale: float) -> tuple[mx.ar
     expect_shape("route", "bias", bias, logits.shape[-1:])
     E, lead = logits.shape[-1], logits.shape[:-1]
     if not use_kernel("route", covers=k <= min(MAX_CHOSEN, E), limit=f"at most {MAX_CHOSEN} of the experts"):
-        return route_reference(logits, bias, k, scale)
+        return without_kernel(route_reference, logits, bias, k, scale)
     ids, weights = kernel("route", ("logits", "bias", "scale"), ("ids", "weights"), header="route_score")(
         inputs=[logits, bias, scalar(scale)],
         template=[("E", E), ("A", k)],
@@ -58,7 +58,7 @@ def route_hash(logits: mx.array, table: mx.array, ids: mx.array, scale: float) -
     expect_shape("route_hash", "ids", ids, lead)
     covers = A <= MAX_CHOSEN and table.dtype == mx.int32
     if not use_kernel("route_hash", covers=covers, limit=f"at most {MAX_CHOSEN} experts in a table of int32"):
-        return route_hash_reference(logits, table, ids, scale)
+        return without_kernel(route_hash_reference, logits, table, ids, scale)
     inputs = ("logits", "table", "ids", "scale")
     experts, weights = kernel("route_hash", inputs, ("experts", "weights"), header="route_score")(
         inputs=[logits, table, ids.reshape(-1), scalar(scale)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape, kernel, scalar, use_kernel
+from ._dispatch import expect_shape, kernel, scalar, use_kernel, without_kernel
 from .stream_collapse import stream_collapse_reference
 from .stream_mix import stream_head_mix_reference, stream_mix_reference
 
@@ -44,7 +44,7 @@ def stream_enter(
     expect_shape("stream_enter", "weight", weight, (D,))
     covers, limit = N <= MAX_STREAMS and iterations >= 1, f"at most {MAX_STREAMS} streams and at least 1 iteration"
     if not use_kernel("stream_enter", covers=covers, limit=limit):
-        return stream_enter_reference(x, fn, base, scale, weight, norm_eps, hc_eps, iterations)
+        return without_kernel(stream_enter_reference, x, fn, base, scale, weight, norm_eps, hc_eps, iterations)
     lead, partial, threads = x.shape[:-2], _partial_products(x, fn), _threads(D)
     inputs = ("partial", "base", "scale", "x", "weight", "norm_eps", "hc_eps")
     y, post, comb = kernel("stream_enter", inputs, ("y", "post", "comb"), header="stream_row")(
@@ -88,7 +88,7 @@ def stream_head(
         expect_shape("stream_head", name, array, shape)
     expect_shape("stream_head", "weight", weight, (D,))
     if not use_kernel("stream_head", covers=N <= MAX_STREAMS, limit=f"at most {MAX_STREAMS} streams"):
-        return stream_head_reference(x, fn, base, scale, weight, norm_eps, hc_eps)
+        return without_kernel(stream_head_reference, x, fn, base, scale, weight, norm_eps, hc_eps)
     partial, threads = _partial_products(x, fn), _threads(D)
     inputs = ("partial", "base", "scale", "x", "weight", "norm_eps", "hc_eps")
     (y,) = kernel("stream_head", inputs, ("y",), header="stream_row")(

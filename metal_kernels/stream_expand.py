@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ._dispatch import expect_shape, kernel, use_kernel
+from ._dispatch import expect_shape, kernel, use_kernel, without_kernel
 
 THREADS = 256
 
@@ -25,7 +25,7 @@ def stream_expand(x: mx.array, y: mx.array, post: mx.array, comb: mx.array) -> m
     expect_shape("stream_expand", "post", post, x.shape[:-1])
     expect_shape("stream_expand", "comb", comb, (*x.shape[:-2], N, N))
     if not use_kernel("stream_expand"):
-        return stream_expand_reference(x, y, post, comb)
+        return without_kernel(stream_expand_reference, x, y, post, comb)
     threads = min(THREADS, -(-D // 32) * 32)
     (out,) = kernel("stream_expand", ("x", "y", "post", "comb"), ("out",))(
         inputs=[x, y, post, comb],
