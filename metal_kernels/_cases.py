@@ -208,9 +208,9 @@ def _experts(real: bool, dtype: mx.Dtype) -> Iterator[Case]:
     token, expert, weight = mx.zeros((A,), mx.int32), mx.arange(E - A, E).astype(mx.int32), mx.abs(_normal(A))
     s1, s3, s2 = (_packed_shared(rows, columns) for rows, columns in ((F, D), (F, D), (D, F)))
     pairs = token, expert, weight, 10.0, False
-    yield Case("expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, *pairs, (s1, s3)), real=real)
-    yield Case("expert_down", label, lambda: expert_down(h[:A], w2, expert, False), real=real)
-    yield Case("expert_down_sum", label, lambda: expert_down_sum(h, w2, expert[None], s2), real=real)
+    yield Case("expert_gate_up", label, lambda: expert_gate_up(x, w1, w3, *pairs, (s1, s3)), real=real, large=real)
+    yield Case("expert_down", label, lambda: expert_down(h[:A], w2, expert, False), real=real, large=real)
+    yield Case("expert_down_sum", label, lambda: expert_down_sum(h, w2, expert[None], s2), real=real, large=real)
     for bits in () if real else (2, 3, 4, 5, 6, 8):
         a1, a3 = (_affine(E, F, D, bits) for _ in range(2))
         yield Case(

@@ -40,6 +40,19 @@ def test_the_expert_sublayer_is_seven_kernels_and_nothing_else(
     assert found == dict.fromkeys([*entry, "project_f32", router, *experts, "stream_expand"], 1)
 
 
+@pytest.mark.parametrize(
+    ("number", "position", "launches"),
+    [(1, 257, 19), (2, 257, 24), (2, 259, 28), (3, 257, 21)],
+    ids=["window", "CSA", "CSA, a group closes", "HCA"],
+)
+def test_launches_of_a_layer(number: int, position: int, launches: int, tool: Any, model: Model) -> None:
+    x = model.streams(mx.zeros((1, 1), mx.int32))
+    mx.eval(x)
+    step = tool.decode_step(model, number, position)
+    with tool.as_on_a_mac():
+        assert tool.with_kernels(step, x).total() == launches
+
+
 def test_kernels_launch_less_than_a_tenth_of_stock_mlx(tool: Any, model: Model) -> None:
     """In a layer with only the window; and what mlx-lm's model launches is counted, not assumed."""
     x = model.streams(mx.zeros((1, 1), mx.int32))

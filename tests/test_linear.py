@@ -20,8 +20,8 @@ SMALL = {
     **TINY, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128], "num_hash_layers": 1, "hidden_size": 128,
     "num_attention_heads": 2, "o_groups": 2, "index_topk": 9, "n_routed_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
-# wq_a, wq_b, wkv, wo_b and three of the shared expert in each layer; the indexer's queries in one.
-QUANTIZED_LINEARS = 3 * 7 + 1
+# wo_b and three of the shared expert in each layer; and stacked ones, wqkv_a and wq_b.
+QUANTIZED_LINEARS, STACKED = 3 * 4, 3 * 2
 
 
 def test_blocks_are_128_values() -> None:
@@ -51,6 +51,7 @@ class Inputs:
             (experts, "expert_gate_up", 0),
             (experts, "expert_down", 0),
             (attention, "grouped_linear", 1),
+            (attention, "stacked_linear", 1),
             (moe, "project_f32", 0),
         ):
             kind = owner.__name__ if name == "__call__" else name
@@ -74,7 +75,8 @@ def test_inputs_of_quantised_products_are_rounded(asked: bool, tmp_path: Path, m
     inputs = Inputs(monkeypatch)
     mx.eval(m(mx.arange(47)[None] % SMALL["vocab_size"]))
     assert len(inputs.seen["QuantizedLinear"]) == QUANTIZED_LINEARS
-    for kind in ("QuantizedLinear", "expert_gate_up", "expert_down"):
+    assert len(inputs.seen["stacked_linear"]) == STACKED
+    for kind in ("QuantizedLinear", "stacked_linear", "expert_gate_up", "expert_down"):
         assert all(found == asked for found in inputs.rounded(kind)), f"{kind}: {inputs.rounded(kind)}"
     # The head, compressors, head weights of the indexer; wo_a; the router.
     for kind in ("WideLinear", "grouped_linear", "project_f32"):

@@ -134,12 +134,10 @@ def test_nbytes_counts_every_array(model: Model, ids: mx.array) -> None:
     config = model.config
     window = 2 * config.sliding_window * config.head_dim * 4
     assert cache[0].nbytes == window
-    overlap = 2 * 2 * 4 * 4  # two arrays, two sequences, four tokens, four bytes
-    open_tokens = 2 * 2 * 2 * 4  # 130 tokens leave two in the open group
-    assert cache[1].nbytes == window + sum(
-        2 * ROW_BLOCK * width * 4 + overlap * width + open_tokens * 2 * width
-        for width in (config.head_dim, config.index_head_dim)
-    )
+    widths = config.head_dim, config.index_head_dim
+    # Of two sequences the last 8 tokens: values and gates, for the next group and the own one; weights of the heads.
+    recent = 2 * 8 * (4 * sum(widths) + config.index_n_heads) * 4
+    assert cache[1].nbytes == window + recent + sum(2 * ROW_BLOCK * width * 4 for width in widths)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 0), (1, 2, 3)])
