@@ -25,6 +25,7 @@ from .expert_pack import HEADER, NAMES, PAGE, aligned, as_numpy, lay_out, record
 from .journal import Journal, alone, rename, sync_folder, write_all, write_file
 from .linear import Numerics
 from .model import Model
+from .safetensors_header import DTYPES
 from .weights import parameter, sources
 
 Progress = Callable[[int, int], None]
@@ -194,6 +195,7 @@ class _Job:
         self.journal.finish(unit, {"source": before, **values})
 
     def _write_drafter(self, unit: str, tensors: list[StoredTensor]) -> dict[str, Any]:
+        tensors = sorted(tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
         header = _header([(t.name, t.dtype, t.shape, t.nbytes) for t in tensors])
         chunks = (chunk for part in ([header], (read(t).data.cast("B") for t in tensors if t.nbytes)) for chunk in part)
         nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chunks)

@@ -171,7 +171,7 @@ def _index(path: Path) -> dict[str, Any]:
         newer = type(version) is int and version > VERSION
         hint = "update mlx-v4flash, or convert the checkpoint with this version" if newer else _AGAIN
         raise CheckpointError(f"{path}: expected format version {VERSION}, found {version!r}\nhint: {hint}")
-    return values
+    return dict(values)
 
 
 def _expect_size(path: Path, nbytes: int) -> None:
