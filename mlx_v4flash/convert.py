@@ -161,8 +161,12 @@ class _Job:
         head = {"format": FORMAT, "version": VERSION, **source.identity()}
         self.journal = Journal(target / JOURNAL, head)
         self.pack = target / PACK if (target / PACK).exists() else target / (PACK + ".part")
-        for unit, line in self.journal.units.items():
-            self._expect_same(line["source"], self.source.stat(self.plan.units[unit]), unit)
+        for unit, line in list(self.journal.units.items()):
+            found = self.source.stat(self.plan.units[unit])
+            if _is_pack(unit):
+                self._expect_same(line["source"], found, unit)
+            elif found != line["source"]:  # a damaged shard was replaced: its small part is soon done again
+                del self.journal.units[unit]
 
     def run(self, progress: Progress | None) -> None:
         done, total = PAGE, self.plan.total_bytes
