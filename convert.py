@@ -1,9 +1,8 @@
-"""Conversion of checkpoints, run from a checkout. This version has none, and needs none to run the model."""
+"""Conversion of checkpoints, run from a checkout: python convert.py SOURCE TARGET."""
 
 import sys
 
+from mlx_v4flash.cli import main
+
 if __name__ == "__main__":
-    sys.exit(
-        "convert.py: conversion is not available yet in this version of mlx-v4flash; the official checkpoint works "
-        "as it is: mlx-v4flash generate PROMPT --model FOLDER"
-    )
+    main(["convert", *sys.argv[1:]], prog_name="convert.py")

@@ -17,7 +17,7 @@ from .errors import CheckpointError
 from .inventory import TensorSpec, is_drafter, official_tensors, transformers_tensors
 from .safetensors_header import DTYPES, StoredTensor, read_header, unique_keys
 
-__all__ = ["Checkpoint", "StoredTensor", "read", "read_into", "scale_bytes"]
+__all__ = ["Checkpoint", "StoredTensor", "check_tensors", "read", "read_into", "scale_bytes"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -62,7 +62,7 @@ class Checkpoint:
         tensors = {name: tensor for name, tensor in stored.items() if name not in drafter}
         naming = _naming(folder, tensors, config)
         expected = official_tensors(config) if naming == "official" else transformers_tensors(config)
-        _check(folder, tensors, expected)
+        check_tensors(folder, tensors, expected)
         return cls(folder, config, tensors, drafter, naming)
 
     @functools.cached_property
@@ -245,7 +245,8 @@ def _naming(folder: Path, tensors: Iterable[str], config: ModelConfig) -> Litera
     return "transformers"
 
 
-def _check(folder: Path, tensors: dict[str, StoredTensor], expected: dict[str, TensorSpec]) -> None:
+def check_tensors(folder: Path, tensors: dict[str, StoredTensor], expected: dict[str, TensorSpec]) -> None:
+    """Raise CheckpointError unless the tensors are those expected, in shape and type."""
     # Shapes first: a checkpoint of another size differs in them and in thousands of names.
     for name, spec in expected.items():
         tensor = tensors.get(name)

@@ -103,6 +103,40 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 
 
 @main.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--from-hub", is_flag=True, help="SOURCE is a repository: download, convert and remove file by file.")
+@click.option("--revision", help="With --from-hub: branch, tag or commit.")
+@click.option("--keep-source", is_flag=True, help="With --from-hub: keep what was downloaded.")
+@click.option("--dry-run", is_flag=True, help="Print sizes, time and free space needed; write nothing.")
+@click.option("--verify", is_flag=True, help="Read everything again and compare checksums.")
+def convert(
+    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, **options: bool
+) -> None:
+    """Convert the checkpoint SOURCE to TARGET, losslessly, in a form that loads and streams fast.
+
+    Run the same command again after an interruption; it continues.
+    """
+    from . import convert as conversion
+    from .progress import bar
+
+    opened = conversion.open_source(source, target, from_hub, revision, keep_source)
+    job = conversion.plan(opened)
+    needed = conversion.check_space(job, target)
+    if options["dry_run"]:
+        speed = conversion.measure_disk(target)
+        click.echo(f"{target}: {job.total_bytes / 1e9:.2f} GB, {needed / 1e9:.2f} GB of them still to write")
+        click.echo(f"about {needed / speed:,.0f} s at {speed / 1e9:.2f} GB/s, the measured speed of writing")
+        return
+    with bar("converting", "bytes") as progress:
+        converted = conversion.convert(opened, target, progress)
+    if options["verify"]:
+        with bar("verifying", "bytes") as progress:
+            converted.verify(progress)
+    click.echo(f"{target}: {converted.nbytes / 1e9:.2f} GB{', verified' if options['verify'] else ''}", err=True)
+
+
+@main.command()
 @model_options
 @click.option("--frontiers", default="512,1024,2048", show_default=True, help="Context lengths to measure at.")
 @click.option("--decode", default=32, show_default=True, help="Tokens to decode at each.")

@@ -13,6 +13,10 @@ class CheckpointError(V4FlashError):
     """The checkpoint's files do not hold the model that its config describes."""
 
 
+class ConvertError(V4FlashError):
+    """A conversion cannot begin or go on; what is done so far is kept."""
+
+
 class HubError(V4FlashError):
     """A Hugging Face repository could not be resolved or downloaded."""
 

@@ -23,13 +23,16 @@ from huggingface_hub.errors import (
 
 from .errors import CheckpointError, HubError, RequestError
 
-_WANTED = ["*.json", "*.safetensors", "tokenizer*"]
+_WANTED = ["*.json", "*.safetensors", "tokenizer*", "experts.pack"]
 _NOT_WANTED = ["*/*"]  # the official code, and weights for other programs
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 # The root of the HTTP client's errors. Which client it is depends on the version of huggingface_hub.
 _HTTPError = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+
+# What a download raises. Transfers in the hub's native module fail with RuntimeError.
+FAILURES = (OSError, HFValidationError, RuntimeError, _HTTPError)
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
@@ -73,13 +76,12 @@ def _download(model: str, revision: str | None) -> Path:
                 model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED
             )
         )
-    # Transfers in the hub's native module fail with RuntimeError.
-    except (OSError, HFValidationError, RuntimeError, _HTTPError) as e:
-        raise HubError(_explain(model, revision, e)) from e
+    except FAILURES as e:
+        raise HubError(explain(model, revision, e)) from e
 
 
-def _explain(model: str, revision: str | None, error: Exception) -> str:
-    """One sentence on what failed, and a hint."""
+def explain(model: str, revision: str | None, error: Exception) -> str:
+    """One sentence on what failed in a download, and a hint."""
     if isinstance(error, GatedRepoError):
         return f"{model}: access has to be granted\nhint: ask for it on the model's page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):

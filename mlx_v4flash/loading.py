@@ -13,6 +13,7 @@ from . import doctor
 from .chat_tokenizer import with_chat
 from .checkpoint import Checkpoint
 from .config import ModelConfig
+from .converted import Converted, expect_finished, is_converted
 from .errors import CheckpointError, RequestError
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
@@ -31,7 +32,7 @@ def load_model(
     quantize_activations: bool = False,
     progress: Progress | None = None,
 ) -> Model:
-    """Load a checkpoint as DeepSeek published it, or one with transformers' names.
+    """Load a checkpoint as DeepSeek published it, with transformers' names, or converted.
 
     Args:
         path: folder of the checkpoint, or a Hugging Face repository such as `deepseek-ai/DeepSeek-V4-Flash`.
@@ -50,7 +51,8 @@ def load_model(
             f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}\n"
             "hint: float16 is not offered, its range is smaller than that of the bfloat16 weights"
         )
-    checkpoint = Checkpoint.open(resolve(path, revision))
+    folder = resolve(path, revision)
+    checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
     numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
     doctor.approve(lambda text: print(text, file=sys.stderr))
@@ -88,6 +90,7 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
     Raises:
         CheckpointError: the folder has none.
     """
+    expect_finished(folder)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder}: expected tokenizer.json, found none\n"
@@ -98,7 +101,7 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
     return with_chat(loaded, folder)
 
 
-def _check_roundings(checkpoint: Checkpoint, numerics: Numerics) -> None:
+def _check_roundings(checkpoint: Checkpoint | Converted, numerics: Numerics) -> None:
     """Refuse sizes that the blocks of a rounding do not divide."""
     c = checkpoint.config
     needed: list[tuple[str, int, int]] = []

@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .checkpoint import Checkpoint, StoredTensor, read, read_into, scale_bytes
+from .converted import Converted
 from .errors import CheckpointError
 from .inventory import official_tensors, transformers_name
 from .model import Model
@@ -24,7 +25,7 @@ _READERS = 4
 _HELD = {"F8_E4M3": mx.uint32, "I8": mx.uint32, "U8": mx.uint32, "BF16": mx.uint16, "F32": mx.float32}
 
 
-def load_weights(model: Model, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Progress | None = None) -> None:
     """Fill every parameter of the model; large tensors are read straight into their final place.
 
     Stored bits stay as they are: FP4 becomes mxfp4, FP8 becomes mxfp8 with its block scales repeated (spec 9.3).
@@ -37,20 +38,31 @@ def load_weights(model: Model, checkpoint: Checkpoint, progress: Progress | None
         CheckpointError: a file changed or ends early, or holds a value that cannot be right.
     """
     linears = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
-    expected = set(dict(tree_flatten(model.parameters())))
+    parameters = dict(tree_flatten(model.parameters()))
+    if isinstance(checkpoint, Converted):
+        checkpoint.expect(parameters)
+    expected = set(parameters)
+    del parameters
     done, total = 0, checkpoint.nbytes
     with ThreadPoolExecutor(_READERS) as readers:
-        for path, tensors in _sources(checkpoint):
-            array = _parameter(path, tensors, checkpoint, readers)
+        for path, array, nbytes in _arrays(checkpoint, readers):
             if path in linears and array.dtype == mx.float32:
                 array = array.astype(model.numerics.dtype)
             mx.eval(array)
             model.update(tree_unflatten([(path, array)]))
             expected.remove(path)
-            done += sum(tensor.nbytes for tensor in tensors)
+            done += nbytes
             if progress is not None:
                 progress(done, total)
     assert not expected, f"parameters without a tensor: {sorted(expected)[:5]}"
+
+
+def _arrays(checkpoint: Checkpoint | Converted, readers: ThreadPoolExecutor) -> Iterator[tuple[str, mx.array, int]]:
+    if isinstance(checkpoint, Converted):
+        yield from checkpoint.parameters(readers)
+        return
+    for path, tensors in sources(checkpoint):
+        yield path, parameter(path, tensors, checkpoint, readers), sum(tensor.nbytes for tensor in tensors)
 
 
 def parameter_path(name: str) -> str:
@@ -67,7 +79,7 @@ def parameter_path(name: str) -> str:
     return re.sub(r"\.(w\w+)\.scale$", r".\1.scales", name)
 
 
-def _sources(checkpoint: Checkpoint) -> Iterator[tuple[str, list[StoredTensor]]]:
+def sources(checkpoint: Checkpoint) -> Iterator[tuple[str, list[StoredTensor]]]:
     """Paths of parameters, each with the stored tensors that fill it, one after another."""
     official = checkpoint.naming == "official"
     groups: dict[str, list[StoredTensor]] = {}
@@ -96,7 +108,8 @@ def _expert_slice(checkpoint: Checkpoint, name: str) -> StoredTensor:
     )
 
 
-def _parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, readers: ThreadPoolExecutor) -> mx.array:
+def parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, readers: ThreadPoolExecutor) -> mx.array:
+    """One parameter as the model holds it, from the stored tensors that `sources` names for it."""
     experts = ".ffn.experts." in path
     if path.endswith(".scales"):
         if experts and checkpoint.config.expert_dtype == "fp4":
@@ -106,7 +119,7 @@ def _parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, r
     if path.endswith("tid2eid"):
         return mx.array(_expert_table(tensors[0], checkpoint.config.n_routed_experts))
     if len({tensor.dtype for tensor in tensors}) > 1:  # bfloat16 beside float32, which holds both
-        wide = [_parameter(path, [tensor], checkpoint, readers).astype(mx.float32) for tensor in tensors]
+        wide = [parameter(path, [tensor], checkpoint, readers).astype(mx.float32) for tensor in tensors]
         return mx.concatenate(wide)
     dtype = _HELD[tensors[0].dtype]
     array = _read(tensors, experts, dtype, readers)

@@ -1,0 +1,319 @@
+"""From the official checkpoint to files that are read as they are (docs/format.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .checkpoint import StoredTensor, read
+from .convert_source import FolderSource, HubSource
+from .converted import FORMAT, INDEX, JOURNAL, PACK, VERSION, Converted, is_converted
+from .errors import ConvertError
+from .expert_pack import HEADER, NAMES, PAGE, aligned, as_numpy, lay_out, record_bytes, with_records
+from .journal import Journal, alone, rename, sync_folder, write_all, write_file
+from .linear import Numerics
+from .model import Model
+from .safetensors_header import DTYPES
+from .weights import parameter, sources
+
+Progress = Callable[[int, int], None]
+
+_EXPERTS = ".experts."
+SCRATCH = ".download"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, in order: units that are finished one after another.
+
+    Args:
+        units: names of source tensors by unit; a unit becomes one safetensors file, or the records of one layer.
+        sizes: bytes that each unit takes in the result.
+    """
+
+    units: dict[str, list[str]]
+    sizes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.sizes.values()) + PAGE
+
+
+def plan(source: FolderSource) -> Plan:
+    """Units and sizes of a conversion; reads no data."""
+    checkpoint = source.checkpoint
+    shapes = dict(tree_flatten(Model(checkpoint.config, Numerics()).parameters()))
+    units: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for path, tensors in sources(checkpoint):
+        unit = _unit(path)
+        units[unit] = list(dict.fromkeys([*units.get(unit, []), *(t.name for t in tensors)]))
+        array = shapes[path]
+        plain = array.dtype == mx.float32  # what is not packed keeps its stored size
+        nbytes = sum(t.nbytes for t in tensors) if plain else array.nbytes
+        if _EXPERTS in path:
+            nbytes = len(tensors) * aligned(nbytes // len(tensors))
+        sizes[unit] = sizes.get(unit, 0) + nbytes
+    for name, tensor in checkpoint.drafter.items():
+        unit = "drafter-" + ".".join(name.split(".")[:2])
+        units.setdefault(unit, []).append(name)
+        sizes[unit] = sizes.get(unit, 0) + tensor.nbytes
+    return Plan(units, sizes)
+
+
+def open_source(
+    source: str | Path, target: Path, from_hub: bool = False, revision: str | None = None, keep: bool = False
+) -> FolderSource:
+    """The source of a conversion; a repository's files go through a folder inside the target unless kept."""
+    if from_hub:
+        return HubSource(str(source), revision, target / SCRATCH, keep)
+    return FolderSource(Path(source))
+
+
+def measure_disk(folder: Path, nbytes: int = 1 << 26) -> float:
+    """Bytes per second that a temporary file beside the target is written with."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
+            start = time.perf_counter()
+            file.write(bytes(nbytes))
+            file.flush()
+            os.fsync(file.fileno())
+            return nbytes / (time.perf_counter() - start)
+    except OSError as e:
+        raise ConvertError(f"{folder}: cannot be written: {e.strerror}\nhint: check its space and permissions") from e
+
+
+def check_space(job: Plan, target: Path) -> int:
+    """Bytes still needed.
+
+    Raises:
+        ConvertError: the disk has less free.
+    """
+    there = sum(p.stat().st_size for p in target.iterdir() if p.is_file()) if target.is_dir() else 0
+    needed, free = max(0, job.total_bytes - there), shutil.disk_usage(_existing(target)).free
+    if needed > free:
+        raise ConvertError(
+            f"{target}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB\n"
+            "hint: free some space, or choose a folder on another disk"
+        )
+    return needed
+
+
+def convert(source: FolderSource, target: Path, progress: Progress | None = None) -> Converted:
+    """Convert, or continue where an earlier call stopped; the source is only read.
+
+    Peak memory is that of the largest dense tensor, 1.1 GB for V4-Flash, beside one layer without its routed experts.
+
+    Raises:
+        ConvertError: the target holds something else or cannot be written, or the source changed.
+        CheckpointError, HubError: what is wrong with the source.
+    """
+    try:
+        if _prepare(source, target):
+            with alone(target):
+                _Job(source, target).run(progress)
+        return Converted.open(target)
+    except OSError as e:
+        raise ConvertError(
+            f"{target}: cannot be written: {e.strerror}\n"
+            "hint: check its space and permissions, and run the same command again; it continues"
+        ) from e
+
+
+def _prepare(source: FolderSource, target: Path) -> bool:
+    """Make the folder; False if it holds the finished conversion of this source."""
+    if target.exists() and not target.is_dir():
+        raise ConvertError(f"{target}: expected a folder, found a file\nhint: choose another place")
+    if target.resolve() == source.folder.resolve():
+        raise ConvertError(f"{target}: expected another folder than the source\nhint: choose another place")
+    target.mkdir(parents=True, exist_ok=True)
+    if (target / INDEX).exists() and not (target / JOURNAL).exists():
+        if Converted.open(target).source != source.identity():
+            raise ConvertError(f"{target}: holds the conversion of another source\nhint: choose another folder")
+        return False
+    begun = {JOURNAL, JOURNAL + ".part", SCRATCH}
+    found = sorted(p.name for p in target.iterdir() if p.name not in begun)
+    if found and not is_converted(target):
+        raise ConvertError(
+            f"{target}: expected an empty folder or a conversion that was interrupted, found {', '.join(found[:3])}\n"
+            "hint: choose another folder"
+        )
+    return True
+
+
+class _Job:
+    def __init__(self, source: FolderSource, target: Path) -> None:
+        self.source, self.target = source, target
+        self.plan = plan(source)
+        check_space(self.plan, target)
+        head = {"format": FORMAT, "version": VERSION, **source.identity()}
+        self.journal = Journal(target / JOURNAL, head)
+        self.pack = target / PACK if (target / PACK).exists() else target / (PACK + ".part")
+        for unit, line in list(self.journal.units.items()):
+            found = self.source.stat(self.plan.units[unit])
+            if _is_pack(unit):
+                self._expect_same(line["source"], found, unit)
+            elif found != line["source"]:  # a damaged shard was replaced: its small part is soon done again
+                del self.journal.units[unit]
+
+    def run(self, progress: Progress | None) -> None:
+        done, total = PAGE, self.plan.total_bytes
+        names = list(self.plan.units)
+        with ThreadPoolExecutor(4) as readers:
+            for i, unit in enumerate(names):
+                if unit not in self.journal.units:
+                    self._convert(unit, readers)
+                    left = [t for later in names[i + 1 :] if later not in self.journal.units
+                            for t in self.plan.units[later]]  # fmt: skip
+                    self.source.release(left)
+                    mx.clear_cache()
+                done += self.plan.sizes[unit]
+                if progress is not None:
+                    progress(done, total)
+        self._close()
+
+    def _convert(self, unit: str, readers: ThreadPoolExecutor) -> None:
+        tensors = self.plan.units[unit]
+        self.source.fetch(tensors)
+        before = self.source.stat(tensors)
+        checkpoint = self.source.checkpoint
+        if unit.startswith("drafter-"):
+            values = self._write_drafter(unit, [checkpoint.drafter[name] for name in tensors])
+        else:
+            groups = {path: group for path, group in sources(checkpoint) if _unit(path) == unit}
+            write = self._write_experts if _is_pack(unit) else self._write_dense
+            values = write(unit, groups, readers)
+        self._expect_same(before, self.source.stat(tensors), unit)
+        self.journal.finish(unit, {"source": before, **values})
+
+    def _write_drafter(self, unit: str, tensors: list[StoredTensor]) -> dict[str, Any]:
+        tensors = sorted(tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
+        header = _header([(t.name, t.dtype, t.shape, t.nbytes) for t in tensors])
+        chunks = (chunk for part in ([header], (read(t).data.cast("B") for t in tensors if t.nbytes)) for chunk in part)
+        nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chunks)
+        return {"bytes": nbytes, "crc32": crc32}
+
+    def _write_dense(
+        self, unit: str, groups: dict[str, list[StoredTensor]], readers: ThreadPoolExecutor
+    ) -> dict[str, Any]:
+        arrays = {path: parameter(path, group, self.source.checkpoint, readers) for path, group in groups.items()}
+        # Larger elements first, so that each lies at a multiple of its size.
+        order = sorted(arrays, key=lambda path: -arrays[path].itemsize)
+        header = _header([(p, NAMES[arrays[p].dtype], arrays[p].shape, arrays[p].nbytes) for p in order])
+
+        def chunks() -> Iterator[bytes | memoryview]:
+            yield header
+            for path in order:
+                yield as_numpy(arrays.pop(path)).data.cast("B")
+
+        nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chunks())
+        return {"bytes": nbytes, "crc32": crc32}
+
+    def _write_experts(
+        self, unit: str, groups: dict[str, list[StoredTensor]], readers: ThreadPoolExecutor
+    ) -> dict[str, Any]:
+        """Append the records of one layer, after what the journal knows to be complete."""
+        checkpoint, layer = self.source.checkpoint, None
+        formats = {path.split(_EXPERTS)[1].split(".")[0]: _format(checkpoint.config.expert_dtype) for path in groups}
+        start = max((line["layer"]["end"] for line in self.journal.units.values() if "layer" in line), default=PAGE)
+        count, sums = len(next(iter(groups.values()))), []
+        file = os.open(self.pack, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(file, start if start > PAGE else 0)
+            os.lseek(file, 0, os.SEEK_END)
+            if start == PAGE:
+                write_all(file, HEADER + bytes(PAGE - len(HEADER)))
+            for expert in range(count):
+                arrays = {
+                    path.split(_EXPERTS)[1]: parameter(path, [group[expert]], checkpoint, readers)[0]
+                    for path, group in groups.items()
+                }
+                layer = lay_out(arrays, start, formats) if layer is None else layer
+                record = record_bytes(layer, arrays)
+                sums.append(zlib.crc32(record))
+                write_all(file, record)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        assert layer is not None
+        layer = with_records(layer, sums)
+        return {"layer": asdict(layer) | {"end": layer.end}}
+
+    def _close(self) -> None:
+        """Everything is there: give the pack its name, write index, extras and config, and forget the journal."""
+        if self.pack.name != PACK:
+            rename(self.pack, self.target / PACK)
+        units = {unit: self.journal.units[unit] for unit in self.plan.units}
+        dense = {f"{u}.safetensors": {k: v[k] for k in ("bytes", "crc32")} for u, v in units.items() if "bytes" in v}
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": self.source.identity(),
+            "files": dense,
+            "drafter": [name for name in dense if name.startswith("drafter-")],
+            "experts": {
+                u: {k: x for k, x in v["layer"].items() if k != "end"} for u, v in units.items() if "layer" in v
+            },
+        }
+        for path in self.source.extras():
+            write_file(self.target / path.name, [path.read_bytes()])
+        write_file(self.target / INDEX, [json.dumps(index, sort_keys=True).encode() + b"\n"])
+        write_file(self.target / "config.json", [(self.source.folder / "config.json").read_bytes()])
+        shutil.rmtree(self.target / SCRATCH, ignore_errors=True)
+        (self.target / JOURNAL).unlink()
+        sync_folder(self.target)
+
+    def _expect_same(self, expected: dict[str, list[int]], found: dict[str, list[int]], unit: str) -> None:
+        for name in expected:
+            if found.get(name) != expected[name]:
+                raise ConvertError(
+                    f"{self.source.folder / name}: changed since {unit} was converted from it: expected size and time "
+                    f"{expected[name]}, found {found.get(name)}\n"
+                    f"hint: restore the file, or remove {self.target} and convert again"
+                )
+
+
+def _unit(path: str) -> str:
+    """What is finished at once: the experts of a layer (a path of the model), or a safetensors file (dense-...)."""
+    if _EXPERTS in path:
+        return path.split(_EXPERTS)[0] + _EXPERTS.rstrip(".")
+    parts = path.split(".")
+    return "dense-" + (".".join(parts[:2]) if parts[0] == "layers" else parts[0])
+
+
+def _is_pack(unit: str) -> bool:
+    return not unit.startswith(("dense-", "drafter-"))
+
+
+def _format(expert_dtype: str | None) -> dict[str, Any]:
+    """A matrix of the official experts in MLX's terms."""
+    if expert_dtype is None:
+        return {"mode": "plain"}
+    return {"mode": "mxfp4" if expert_dtype == "fp4" else "mxfp8", "group_size": 32, "bits": int(expert_dtype[2:])}
+
+
+def _header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Header of a safetensors file with these names, types, shapes and sizes."""
+    entries, end = {}, 0
+    for name, dtype, shape, nbytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps({"__metadata__": {"format": "mlx"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
