@@ -53,7 +53,7 @@ RULES: dict[str, list[tuple[str, str]]] = {
 }  # fmt: skip
 
 # The size of an array is no index: one more element changes nothing.
-DECLARATION = re.compile(r"\s*(?:threadgroup |const |thread )*(?:float|uint|int|half|bool)[1-4]? \w+\[")
+DECLARATION = re.compile(r"\s*(?!return)[\w:<>, ]+ \w+(?:\[[^\]]*\])+(?: = \{\})?;")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _changes(body: str, text: str, rule: str, pattern: str, new: str) -> Iterato
         line = text[start:end]
         if "//" in text[start : match.start()] or line.lstrip().startswith(("//", "#", "template", "constexpr")):
             continue
-        if rule in ("shift an index", "another number") and DECLARATION.match(line):
+        if DECLARATION.match(line):
             continue
         word = str(int(match[0]) + 1) if new == "<more>" else match.expand(new)
         left = match.groupdict().get("left") or ""
