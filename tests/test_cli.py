@@ -206,6 +206,8 @@ def test_ctrl_c_keeps_what_was_generated(folder: Path, mode: tuple[str, ...]) ->
     child = subprocess.Popen(
         [*command, "--max-tokens", "50000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # Started in the background of a script, the tests themselves may have been told to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert child.stdout is not None
     first = child.stdout.readline()
