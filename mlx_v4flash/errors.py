@@ -27,3 +27,7 @@ class NumericsError(V4FlashError):
 
 class DeviceError(V4FlashError):
     """The machine lacks what was asked for."""
+
+
+class EncodingError(RequestError):
+    """A conversation cannot be written as a prompt, or the tokenizer is not one of this model."""
