@@ -42,15 +42,17 @@ class Mix:
 class Corpus:
     """Tokens of all texts, and what renders conversations."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, encoding: Encoding, texts: dict[str, Array], chats: Chats) -> None:
+        self.encoding, self.texts, self.chats = encoding, texts, chats
+        self.eos, self.assistant = map(encoding.vocabulary.id_of, (EOS, ASSISTANT))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Corpus:
         """Read what `prepare` wrote."""
-        self.encoding = Encoding.from_folder(folder)
-        ids = self.encoding.vocabulary.id_of
-        self.bos, self.eos, self.assistant = ids(BOS), ids(EOS), ids(ASSISTANT)
-        self.texts = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in SOURCES}
+        texts = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in SOURCES}
         meanings = [sense[:3] for sense in common_senses()]
         fillers = [text for name in ("bible", "fortunes", "foldoc") for text in documents(name)[::7]]
-        self.chats = Chats(meanings, fillers)
+        return cls(Encoding.from_folder(folder), texts, Chats(meanings, fillers))
 
     def encode(self, chat: Chat) -> tuple[list[int], list[float]]:
         """Tokens of a conversation and what each weighs in the loss: those the model says weigh 1."""
@@ -78,7 +80,8 @@ class Corpus:
         return tokens, weights
 
     def _text_row(self, r: Random, length: int) -> tuple[Array, Array]:
-        source = self.texts[r.choices(list(TEXTS), list(TEXTS.values()))[0]]
+        names = list(self.texts)
+        source = self.texts[r.choices(names, [TEXTS[name] for name in names])[0]]
         start = r.randrange(len(source) - length)
         return np.asarray(source[start : start + length], np.int64), np.ones(length, np.float32)
 

@@ -31,14 +31,17 @@ def load_state(file: Path) -> Nano:
     return model.eval()
 
 
-def export(model: Nano, tokenizer: Path, folder: Path, about: dict[str, Any]) -> None:
+def export(
+    model: Nano, tokenizer: Path, folder: Path, about: dict[str, Any], settings: dict[str, Any] = CONFIG
+) -> None:
     """Write config.json, the tokenizer's files and model.safetensors.
 
     Args:
         about: what config.json says of it under `mlx_v4flash`.
+        settings: the rest of config.json, which the model was made from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(CONFIG | {"mlx_v4flash": about}, indent=2, sort_keys=True)
+    text = json.dumps(settings | {"mlx_v4flash": about}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, folder / name)

@@ -93,7 +93,7 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, how: Training) -> Tensor:
         """[B, T, D] -> rows [B, S, K]; tokens of an open group are left out."""
-        B, R = x.shape[0], self.ratio
+        R = self.ratio
         S = x.shape[1] // R
         x = x[:, : S * R]
         kv = self.wkv(x, how).float().unflatten(1, (S, R))
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         kv = rotate(self.kv_norm(self.wkv(x, how)), cos, sin)
         kv = (cache_fp8(kv, 2 * cos.shape[-1]) if how.rounding else kv).to(how.dtype)
         near, near_keys = self._window_logits(q, kv)
-        parts, values, loss = [near], [], x.new_zeros(())
+        parts, loss = [near], x.new_zeros(())
         if self.compressor is not None:
             rows = self.compressor(x, cos, sin, how).to(how.dtype)
             far = (q.flatten(1, 2) @ rows.mT).float().mul(K**-0.5).unflatten(1, (T, H))
@@ -319,7 +319,9 @@ class Streams(nn.Module):
         m = F.linear(flat, self.fn.to(flat.dtype)).float() * r
         pre = torch.sigmoid(m[..., :N] * scale[0] + base[:N]) + self.hc_eps
         post = 2 * torch.sigmoid(m[..., N : 2 * N] * scale[1] + base[N : 2 * N])
-        comb = sinkhorn((m[..., 2 * N :] * scale[2] + base[2 * N :]).unflatten(-1, (N, N)), self.iterations, self.hc_eps)
+        comb = sinkhorn(
+            (m[..., 2 * N :] * scale[2] + base[2 * N :]).unflatten(-1, (N, N)), self.iterations, self.hc_eps
+        )
         return (pre[..., None] * x.float()).sum(-2), post, comb
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +82,21 @@ BALANCE = 0.002
 INDEX_LOSS = 1.0
 
 
-def phase_at(step: int) -> tuple[Phase, float]:
+def phase_at(step: int, phases: Sequence[Phase] = PHASES) -> tuple[Phase, float]:
     """The phase of a step and its learning rate, as a share of the full one."""
     start, rate = 0, 1.0
-    for phase in PHASES:
+    for phase in phases:
         if step < phase.until:
             part = (step - start) / (phase.until - start)
-            rate += (phase.end_rate - rate) * part
-            return phase, rate * min(1.0, (step + 1) / WARMUP)
+            return phase, (rate + (phase.end_rate - rate) * part) * min(1.0, (step + 1) / WARMUP)
         start, rate = phase.until, phase.end_rate
-    raise ValueError(f"step: expected one before {PHASES[-1].until}, found {step}")
+    raise ValueError(f"step: expected one before {phases[-1].until}, found {step}")
+
+
+def tokens_before(step: int, phases: Sequence[Phase] = PHASES) -> int:
+    """Tokens that the steps before this one learned from."""
+    starts = [0, *(phase.until for phase in phases)]
+    return sum(
+        max(0, min(step, phase.until) - start) * phase.rows * phase.mix.length
+        for start, phase in zip(starts, phases, strict=False)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from mlx_v4flash.byte_tokenizer import BOS, EOS, write_settings
 
 # By id, from 0. As in the original only the first three are dropped when special tokens are skipped.
 MARKS = (
-    BOS, EOS, "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>",
-    "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>", "<｜extracted_url｜>", "<｜read_url｜>",
+    BOS, EOS, "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜",
+    "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>",
+    "<｜extracted_url｜>", "<｜read_url｜>",
 )  # fmt: skip
 
 # Digits stand alone, so that columns of numbers line up; the rest as in DeepSeek's pattern.
@@ -45,8 +47,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
-    import json
-
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["id"] < 3

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +19,44 @@ from torch import Tensor
 
 from mlx_v4flash.config import ModelConfig
 
-from .data import Corpus
+from .data import Array, Corpus, Mix
 from .model import Nano, Training
 from .optimizer import Slot, kind_of, update
-from .recipe import BALANCE, CONFIG, INDEX_LOSS, PHASES, SEED, Phase, phase_at
+from .recipe import BALANCE, CONFIG, INDEX_LOSS, PHASES, SEED, Phase, phase_at, tokens_before
+
+Batches = Callable[[Mix, int, tuple[int, ...]], tuple[Array, Array]]
 
 SAVE_EVERY_S = 240
 COLUMNS = ["step", "tokens", "text", "chat", "index", "largest_expert", "smallest_expert", "rate", "cpu_s", "wall_s"]
 
 
 class Shared:
-    """Model, optimizer state and gradients in memory that all processes see."""
+    """Model, optimizer state and gradients in memory that all processes see.
 
-    def __init__(self, processes: int, folder: Path) -> None:
+    Args:
+        settings: config.json of the model.
+        frequency: how often each token was counted, [V]; from it the experts of the hash-routed layers follow.
+        folder: where a state is looked for, to go on from.
+    """
+
+    def __init__(self, processes: int, settings: dict[str, Any], frequency: Tensor, folder: Path) -> None:
         torch.manual_seed(SEED)
-        self.model = Nano(ModelConfig.from_dict(CONFIG, "recipe"))
-        set_hash_tables(self.model, folder / "data")
+        self.model = Nano(ModelConfig.from_dict(settings, "recipe"))
+        for layer in self.model.layers:
+            if layer.ffn.gate.hashed:
+                layer.ffn.gate.tid2eid.copy_(balanced(frequency, self.model.c))
         parameters = dict(self.model.named_parameters())
         self.first = {n: torch.zeros_like(p, requires_grad=False) for n, p in parameters.items()}
         self.second = {n: torch.zeros_like(p.data) for n, p in parameters.items() if kind_of(n) != "matrix"}
         self.gradients = [{n: torch.zeros_like(p.data) for n, p in parameters.items()} for _ in range(processes)]
-        self.counts = [torch.zeros(CONFIG["num_hidden_layers"], CONFIG["n_routed_experts"]) for _ in range(processes)]
-        self.losses = torch.zeros(processes, 3)
+        c = self.model.c
+        self.counts = [torch.zeros(c.num_hidden_layers, c.n_routed_experts) for _ in range(processes)]
+        self.losses, self.stop = torch.zeros(processes, 3), torch.zeros(1)
         self.step, self.cpu_s = 0, 0.0
         state = folder / "state.pt"
         if state.exists():
             self._load(torch.load(state, weights_only=True))
-        for tensor in [*self.first.values(), *self.second.values(), *self.counts, self.losses]:
+        for tensor in [*self.first.values(), *self.second.values(), *self.counts, self.losses, self.stop]:
             tensor.share_memory_()
         for gradients in self.gradients:
             for tensor in gradients.values():
@@ -74,13 +87,10 @@ class Shared:
         return out
 
 
-def set_hash_tables(model: Nano, data: Path) -> None:
-    """Experts of each token, such that all experts of a layer see about the same number of tokens."""
+def token_frequency(data: Path, vocab_size: int) -> Tensor:
+    """How often each token occurs at the beginnings of the sources, plus one."""
     texts = [np.load(file, mmap_mode="r") for file in sorted(data.glob("*.npy")) if "held_out" not in file.name]
-    frequency = sum(np.bincount(t[:1_000_000], minlength=model.c.vocab_size) for t in texts) + 1.0
-    for layer in model.layers:
-        if layer.ffn.gate.hashed:
-            layer.ffn.gate.tid2eid.copy_(balanced(torch.from_numpy(frequency), model.c))
+    return torch.from_numpy(sum(np.bincount(t[:1_000_000], minlength=vocab_size) for t in texts) + 1.0)
 
 
 def balanced(frequency: Tensor, c: ModelConfig) -> Tensor:
@@ -103,21 +113,31 @@ def loss_of(head: Tensor, h: Tensor, targets: Tensor, weights: Tensor) -> tuple[
 
 
 class Worker:
-    """One process: its share of each batch, its share of the parameters."""
+    """One process: its share of each batch, its share of the parameters.
 
-    def __init__(self, rank: int, processes: int, shared: Shared, barrier: Any, folder: Path, stop_s: float) -> None:
+    Args:
+        barrier: at which the processes wait for each other.
+        batches: tokens and weights of a step, given its mix, rows and seed.
+        stop_s: seconds after which all stop, with the state saved.
+        compiled: whether layers are compiled, which takes minutes and makes steps three times faster.
+    """
+
+    def __init__(
+        self, rank: int, processes: int, shared: Shared, barrier: Any, folder: Path, batches: Batches,
+        phases: Sequence[Phase] = PHASES, stop_s: float = 1e9, compiled: bool = True,
+    ) -> None:  # fmt: skip
         self.rank, self.processes, self.shared, self.barrier = rank, processes, shared, barrier
         self.folder, self.stop_at = folder, time.monotonic() + stop_s
-        self.corpus = Corpus(folder / "data")
+        self.batches, self.phases, self.compiled = batches, phases, compiled
         self.slots = shared.slots(rank, processes)
-        self.loss = torch.compile(loss_of, dynamic=False)
+        self.loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
         self.phase: Phase | None = None
         for name, p in shared.model.named_parameters():
             p.grad = shared.gradients[rank][name]
 
     def run(self) -> None:
         cpu_s, wall, saved = self.shared.cpu_s, time.monotonic(), time.monotonic()
-        for step in range(self.shared.step, PHASES[-1].until):
+        for step in range(self.shared.step, self.phases[-1].until):
             began = time.process_time()
             row = self._step(step)
             # A step's time of one process stands for all.
@@ -126,44 +146,44 @@ class Worker:
                 now = time.monotonic()
                 self._log({**row, "cpu_s": round(cpu_s, 1), "wall_s": round(now - wall, 2)})
                 wall = now
-                if now - saved > SAVE_EVERY_S or step + 1 == PHASES[-1].until:
+                if now - saved > SAVE_EVERY_S or step + 1 == self.phases[-1].until:
                     self.shared.save(self.folder, step + 1, cpu_s)
                     saved = now
-            if self.rank == 0 and time.monotonic() > self.stop_at:
-                self.shared.losses.fill_(torch.nan)
-            self.barrier.wait()
-            if self.shared.losses.isnan().any():
-                if self.rank == 0:
+                if now > self.stop_at:
                     self.shared.save(self.folder, step + 1, cpu_s)
+                    self.shared.stop.fill_(1)
+            self.barrier.wait()
+            if self.shared.stop:
                 return
 
     def _step(self, step: int) -> dict[str, Any]:
-        phase, rate = phase_at(step)
-        how = Training(sparse=phase.sparse, rounding=phase.rounding)
-        tokens, weights = map(torch.from_numpy, self.corpus.batch(phase.mix, phase.rows, (SEED, step)))
-        if phase is not self.phase:
+        phase, rate = phase_at(step, self.phases)
+        tokens, weights = map(torch.from_numpy, self.batches(phase.mix, phase.rows, (SEED, step)))
+        if self.compiled and phase is not self.phase:
             self._compile(phase)
-        for gradient in self.shared.gradients[self.rank].values():
-            gradient.zero_()
-        self._backward(tokens, weights, how)
+        self._clear()
+        self._backward(tokens, weights, phase)
         self.barrier.wait()
         with torch.no_grad():
             counts = sum(self.shared.counts)
             update(self.slots, step, rate)
             if self.rank == 0:
                 self._balance(counts)
-        text, chat, index = self.shared.losses.sum(0).tolist()
-        share = counts[CONFIG["num_hash_layers"] :]
-        share = share / share.mean(1, keepdim=True)
-        done = sum(
-            max(0, min(step + 1, p.until) - start) * p.rows * p.mix.length
-            for start, p in zip([0, *(p.until for p in PHASES)], PHASES, strict=False)
-        )
+        row = self._row(step, rate, counts)
         self.barrier.wait()
+        return row
+
+    def _row(self, step: int, rate: float, counts: Tensor) -> dict[str, Any]:
+        """What the log says of a step; the uses of experts are relative to their mean."""
+        text, chat, index = self.shared.losses.sum(0).tolist()
+        if not math.isfinite(text + chat + index):
+            raise FloatingPointError(f"step {step + 1}: expected finite losses, found {text}, {chat}, {index}")
+        used = counts[self.shared.model.c.num_hash_layers :]
+        used = used / used.mean(1, keepdim=True) if len(used) else counts.new_ones(1, 1)
         return {
-            "step": step + 1, "tokens": done, "text": round(text, 4), "chat": round(chat, 4),
-            "index": round(index, 4), "largest_expert": round(share.max().item(), 3),
-            "smallest_expert": round(share.min().item(), 3), "rate": round(rate, 4),
+            "step": step + 1, "tokens": tokens_before(step + 1, self.phases), "text": round(text, 4),
+            "chat": round(chat, 4), "index": round(index, 4), "largest_expert": round(used.max().item(), 3),
+            "smallest_expert": round(used.min().item(), 3), "rate": round(rate, 4),
         }  # fmt: skip
 
     def _compile(self, phase: Phase) -> None:
@@ -171,21 +191,23 @@ class Worker:
         torch._dynamo.reset()
         for layer in self.shared.model.layers:
             layer.compile(dynamic=False)
-        for turn in range(self.processes):
-            if turn == self.rank and turn == 0:
-                rows = phase.rows // self.processes
-                ids = torch.zeros(rows, phase.mix.length + 1, dtype=torch.int64)
-                weights = torch.ones(ids.shape)
-                self._backward(ids.repeat(self.processes, 1), weights.repeat(self.processes, 1), _how(phase))
-            self.barrier.wait()
+        if self.rank == 0:
+            ids = torch.zeros(phase.rows, phase.mix.length + 1, dtype=torch.int64)
+            self._backward(ids, torch.ones(ids.shape), phase)
+        self.barrier.wait()
         self.phase = phase
+        self._clear()
 
-    def _backward(self, tokens: Tensor, weights: Tensor, how: Training) -> None:
+    def _clear(self) -> None:
+        for gradient in self.shared.gradients[self.rank].values():
+            gradient.zero_()
+
+    def _backward(self, tokens: Tensor, weights: Tensor, phase: Phase) -> None:
         """Gradients of this process's rows; losses are means over the whole batch."""
+        how = Training(sparse=phase.sparse, rounding=phase.rounding)
         is_text = (weights == 1).all(1)
         total, model = weights[:, 1:].sum(), self.shared.model
         chat_words = ((weights == 1) & ~is_text[:, None])[:, 1:]
-        counted = [is_text.sum() * (tokens.shape[1] - 1), chat_words.sum()]
         mine = slice(self.rank, None, self.processes)
         ids, targets = tokens[mine, :-1].contiguous(), tokens[mine, 1:]
         h, index, counts = model(ids, how)
@@ -193,11 +215,10 @@ class Worker:
         (loss / total + INDEX_LOSS * index.sum() / self.processes).backward()
         each = each.view(targets.shape)
         self.shared.counts[self.rank].copy_(counts)
-        csa = sum(r == 4 for r in CONFIG["compress_ratios"])
-        self.shared.losses[self.rank] = torch.stack(
-            [each[is_text[mine]].sum() / counted[0].clamp(min=1), each[chat_words[mine]].sum() / counted[1].clamp(min=1),
-             index.detach().sum() / csa / self.processes]
-        )  # fmt: skip
+        csa = max(1, sum(r == 4 for r in model.c.compress_ratios))
+        text = each[is_text[mine]].sum() / max(1, int(is_text.sum()) * targets.shape[1])
+        chat = each[chat_words[mine]].sum() / chat_words.sum().clamp(min=1)
+        self.shared.losses[self.rank] = torch.stack([text, chat, index.detach().sum() / csa / self.processes])
 
     def _balance(self, counts: Tensor) -> None:
         for layer, used in zip(self.shared.model.layers, counts, strict=True):
@@ -214,10 +235,6 @@ class Worker:
             writer.writerow(row)
 
 
-def _how(phase: Phase) -> Training:
-    return Training(sparse=phase.sparse, rounding=phase.rounding)
-
-
 def work(rank: int, processes: int, shared: Shared, barrier: Any, folder: Path, stop_s: float) -> None:
     # Large blocks stay with the process: giving them back costs a page fault for every 4 KiB of each step.
     libc = ctypes.CDLL(None)
@@ -226,12 +243,14 @@ def work(rank: int, processes: int, shared: Shared, barrier: Any, folder: Path, 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch._dynamo.config.recompile_limit = 64
-    Worker(rank, processes, shared, barrier, folder, stop_s).run()
+    batches = Corpus.from_folder(folder / "data").batch
+    Worker(rank, processes, shared, barrier, folder, batches, stop_s=stop_s).run()
 
 
 def train(folder: Path, processes: int, stop_s: float) -> None:
     """Go on until the recipe ends or for so many seconds; data must have been prepared in the folder."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
     os.environ["OMP_NUM_THREADS"] = "1"
-    shared, barrier = Shared(processes, folder), mp.get_context("spawn").Barrier(processes)
+    frequency = token_frequency(folder / "data", CONFIG["vocab_size"])
+    shared, barrier = Shared(processes, CONFIG, frequency, folder), mp.get_context("spawn").Barrier(processes)
     mp.spawn(work, (processes, shared, barrier, folder, stop_s), nprocs=processes)
