@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from random import Random
 from typing import Any
+from xml.etree import ElementTree
 
 import ml_dtypes
 import mlx.core as mx
@@ -31,10 +32,11 @@ from nano.export import export  # noqa: E402
 from nano.grouped import grouped_mm  # noqa: E402
 from nano.model import Nano, Training  # noqa: E402
 from nano.optimizer import orthogonal  # noqa: E402
+from nano.plot import plot  # noqa: E402
 from nano.recipe import CONFIG, PHASES, WARMUP, Phase, phase_at, tokens_before  # noqa: E402
 from nano.smalltalk import small_talk  # noqa: E402
 from nano.tokenizer import MARKS, save_tokenizer, train_tokenizer  # noqa: E402
-from nano.train import Shared, Worker, balanced  # noqa: E402
+from nano.train import Shared, Worker, balanced, trim_log  # noqa: E402
 
 KINDS = ["chat", "sums", "tools", "pairs", "glossary", "copy", "needle", "name"]
 MEANINGS = [(f"{a}{b}{c}o", "noun", f"what comes {b}ter {a}") for a in "bdfgklmnp" for b in "aei" for c in "rst"]
@@ -331,6 +333,13 @@ def test_going_on_equals_not_stopping(tmp_path: Path, corpus: Corpus) -> None:
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
+def test_steps_taken_again_are_logged_once(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("step,text\n1,5.0\n2,4.0\n3,3.0\n")
+    trim_log(log, 2)
+    assert log.read_text() == "step,text\n1,5.0\n2,4.0\n"
+
+
 def test_two_processes_learn_what_one_does(tmp_path: Path, corpus: Corpus) -> None:
     """Threads stand for processes here: parameters and gradients are shared alike."""
     results = []
@@ -349,3 +358,14 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, corpus: Corpus) -> No
     for name, one in results[0].items():
         scale = one.abs().max()
         assert (one - results[1][name]).abs().max() <= 0.02 * scale + 1e-6, name
+
+
+def test_plot_shows_the_log(tmp_path: Path) -> None:
+    rows = [f"{n},{n * 1000},{5 - n / 100},{0 if n % 2 else 3}" for n in range(1, 301)]
+    (tmp_path / "log.csv").write_text("\n".join(["step,tokens,text,chat", *rows]) + "\n")
+    plot(tmp_path / "log.csv", tmp_path / "log.svg")
+    lines = ElementTree.parse(tmp_path / "log.svg").getroot().findall("{*}polyline")
+    text, chat = ([tuple(map(float, p.split(","))) for p in line.attrib["points"].split()] for line in lines)
+    assert text[0][1] < text[-1][1], "a loss that falls goes down in the picture"
+    assert len({y for _, y in chat}) == 1, "steps without conversations are left out"
+    assert all(0 <= x <= 640 and 0 <= y <= 320 for x, y in text + chat)

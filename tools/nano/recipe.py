@@ -77,7 +77,7 @@ PHASES = (
 WARMUP = 60
 RATES = {"matrix": 0.02, "embed": 0.02, "head": 0.002, "other": 0.002}
 # How far a step moves the bias of an expert that is used more, or less, than the others.
-BALANCE = 0.002
+BALANCE = 0.005
 # Weight of the indexers' loss; it reaches no other parameter.
 INDEX_LOSS = 1.0
 

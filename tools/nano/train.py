@@ -132,6 +132,8 @@ class Worker:
         self.slots = shared.slots(rank, processes)
         self.loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
         self.phase: Phase | None = None
+        # All go when the process that started them goes.
+        self.parent = os.getppid()
         for name, p in shared.model.named_parameters():
             p.grad = shared.gradients[rank][name]
 
@@ -153,7 +155,7 @@ class Worker:
                     self.shared.save(self.folder, step + 1, cpu_s)
                     self.shared.stop.fill_(1)
             self.barrier.wait()
-            if self.shared.stop:
+            if self.shared.stop or os.getppid() != self.parent:
                 return
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -235,6 +237,13 @@ class Worker:
             writer.writerow(row)
 
 
+def trim_log(log: Path, step: int) -> None:
+    """Drop the lines of steps that were taken after the state was saved, and will be taken again."""
+    if log.exists():
+        head, *rows = log.read_text().splitlines(keepends=True)
+        log.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= step))
+
+
 def work(rank: int, processes: int, shared: Shared, barrier: Any, folder: Path, stop_s: float) -> None:
     # Large blocks stay with the process: giving them back costs a page fault for every 4 KiB of each step.
     libc = ctypes.CDLL(None)
@@ -252,5 +261,7 @@ def train(folder: Path, processes: int, stop_s: float) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
     os.environ["OMP_NUM_THREADS"] = "1"
     frequency = token_frequency(folder / "data", CONFIG["vocab_size"])
-    shared, barrier = Shared(processes, CONFIG, frequency, folder), mp.get_context("spawn").Barrier(processes)
+    shared = Shared(processes, CONFIG, frequency, folder)
+    trim_log(folder / "log.csv", shared.step)
+    barrier = mp.get_context("spawn").Barrier(processes)
     mp.spawn(work, (processes, shared, barrier, folder, stop_s), nprocs=processes)
