@@ -28,6 +28,7 @@ from nano import rounding  # noqa: E402
 from nano.baselines import ByteCounts, compressed_bits  # noqa: E402
 from nano.chats import CALCULATOR, Chats, arithmetic, expression_of  # noqa: E402
 from nano.data import Corpus, Mix  # noqa: E402
+from nano.evaluate import answers_right, as_stored, greedy, rounding_cost, states  # noqa: E402
 from nano.export import export  # noqa: E402
 from nano.grouped import grouped_mm  # noqa: E402
 from nano.model import Nano, Training  # noqa: E402
@@ -224,26 +225,13 @@ def tiny_model(settings: dict[str, Any] = SMALL) -> Nano:
     return model
 
 
-def as_stored(model: Nano) -> None:
-    """Round parameters as their types in the file do."""
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            kind = type(module).__name__
-            if kind == "Experts":
-                p.data = rounding.fp4_codes_value(p.data)
-            elif kind == "Weights" and module.coded:
-                p.data = rounding.fp8_codes_value(p.data)
-            elif kind in ("Weights", "Norm", "Gate") and name == "weight":
-                p.data = p.data.bfloat16().float()
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Nano, Path]:
     model, folder = tiny_model(), tmp_path_factory.mktemp("exported")
     tokens = tmp_path_factory.mktemp("tokens")
     write_byte_tokenizer(tokens, SMALL["vocab_size"])
     export(model, tokens, folder, {"nano": True}, SMALL)
-    as_stored(model)
+    as_stored(model, {"Experts", "Weights", "Norm", "Gate"})
     return model, folder
 
 
@@ -283,6 +271,32 @@ def test_the_indexer_learns_and_disturbs_nothing_else() -> None:
     for name, p in model.named_parameters():
         learns = p.grad is not None and bool((p.grad != 0).any())
         assert learns == (".indexer." in name), name
+
+
+def test_rounding_costs_more_the_more_is_rounded() -> None:
+    model, ids = tiny_model(), torch.randint(0, SMALL["vocab_size"], (1, 64))
+    cost = rounding_cost(model, ids)
+    assert 0 < cost["layers to FP8"] < cost["both"] and 0 < cost["experts to FP4"]
+    as_stored(model, {"Experts", "Weights"})
+    assert rounding_cost(model, ids)["both"] < 1e-6, "what is rounded already loses nothing more"
+
+
+def test_greedy_continues_and_is_graded_right(corpus: Corpus) -> None:
+    """What the model itself says is, graded as an answer, right; another answer is not."""
+    model, how = tiny_model(SMALL | {"vocab_size": 272}), Training(dtype=torch.float32)
+    prompt = corpus.encoding.prompt([{"role": "user", "content": "Hello"}], think="off")
+    (said,) = greedy(model, [prompt], 3, corpus.eos, how)
+    both = greedy(model, [prompt, prompt[:-3]], 3, corpus.eos, how)
+    assert both[0] == said and len(said) == 3
+    h = states(model, [prompt], how)[0, len(prompt) - 1]
+    assert model.head(h, how).argmax().item() == said[0]
+
+    class Fixed:
+        def encode(self, answer: list[int]) -> tuple[list[int], list[float]]:
+            return prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
+
+    other = [*said[:2], (said[2] + 1) % 272]
+    assert answers_right(model, Fixed(), [said, other], how) == [[True], [False]]  # type: ignore[arg-type, list-item]
 
 
 # --- the recipe and the loop ------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ def main(folder: Path, count: int, seed: int, baselines: bool) -> None:
     found["bits_per_byte"] = e.bits_per_byte(model, corpus, held_out, 10_000)
     tokens = torch.from_numpy(corpus.batch(SHORT, 8, (seed,))[0][:, :-1])
     found["experts"] = [[round(x, 3) for x in layer] for layer in e.expert_use(model, tokens).tolist()]
+    found["rounding"] = e.rounding_cost(model, tokens[:4])
     if baselines:
         found["baselines"] = _baselines()
     click.echo(json.dumps(found, indent=1, ensure_ascii=False))

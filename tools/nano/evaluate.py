@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -13,6 +14,7 @@ from torch import Tensor
 from .chats import CALCULATOR, Chat, _answer, arithmetic, expression_of
 from .data import TEXTS, Corpus
 from .model import BLOCK, Nano, Training
+from .rounding import fp4_codes_value, fp8_codes_value
 from .smalltalk import small_talk
 
 # As the exported checkpoint is computed, but for the order of sums.
@@ -162,3 +164,44 @@ def expert_use(model: Nano, tokens: Tensor) -> Tensor:
     """Share of the choices that fell on each expert, [layers, E], highest first in each layer."""
     counts = model(tokens, EXPORTED)[2].float()
     return (counts / counts.sum(1, keepdim=True)).sort(1, descending=True).values
+
+
+@torch.no_grad()
+def rounding_cost(model: Nano, tokens: Tensor) -> dict[str, float]:
+    """Mean divergence, in nats a token, of what is predicted with rounding from what is predicted without."""
+    exact = Training(dtype=torch.float32, sparse=True, rounding=False)
+
+    def predicted(m: Nano, how: Training) -> Tensor:
+        return m.logits(tokens, how).log_softmax(-1)
+
+    before = predicted(model, exact)
+    parts = {"experts to FP4": {"Experts"}, "layers to FP8": {"Weights"}, "both": {"Experts", "Weights"}}
+    out = {}
+    for name, kinds in parts.items():
+        rounded = copy.deepcopy(model)
+        as_stored(rounded, kinds)
+        out[name] = _divergence(before, predicted(rounded, exact))
+    with_caches = Training(dtype=torch.float32, sparse=True, rounding=True)
+    out["both, and cached rows"] = _divergence(before, predicted(model, with_caches))
+    out["the same, in bfloat16"] = _divergence(before, predicted(model, EXPORTED))
+    return out
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    return (before.exp() * (before - after)).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def as_stored(model: Nano, kinds: set[str]) -> None:
+    """Round the parameters of modules of these classes as their types in the file do."""
+    for module in model.modules():
+        kind = type(module).__name__
+        for name, p in module.named_parameters(recurse=False):
+            if kind not in kinds:
+                continue
+            if kind == "Experts":
+                p.copy_(fp4_codes_value(p))
+            elif kind == "Weights" and module.coded:
+                p.copy_(fp8_codes_value(p))
+            elif name == "weight":
+                p.copy_(p.bfloat16().float())
