@@ -31,7 +31,8 @@ from nano.data import Corpus, Mix  # noqa: E402
 from nano.evaluate import answers_right, as_stored, greedy, rounding_cost, states  # noqa: E402
 from nano.export import export  # noqa: E402
 from nano.grouped import grouped_mm  # noqa: E402
-from nano.model import Nano, Training  # noqa: E402
+from nano.layers import Training  # noqa: E402
+from nano.model import Nano  # noqa: E402
 from nano.optimizer import orthogonal  # noqa: E402
 from nano.plot import plot  # noqa: E402
 from nano.recipe import CONFIG, PHASES, WARMUP, Phase, phase_at, tokens_before  # noqa: E402

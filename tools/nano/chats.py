@@ -32,14 +32,24 @@ class Chat:
     listens: float = 0.1
 
     def say(self, question: str, answer: str, thought: str | None = None) -> None:
-        self.messages += [{"role": "user", "content": question}, _answer(answer, thought if self.thinks else None)]
+        self.messages += [{"role": "user", "content": question}, self._reply(answer, thought)]
 
+    def compute(self, question: str, expression: str, result: str) -> None:
+        """The model calls the calculator and says what it returned."""
+        function = {"name": "calculator", "arguments": json.dumps({"expression": expression})}
+        calls = [{"id": "c", "type": "function", "function": function}]
+        self.messages += [
+            {"role": "user", "content": question},
+            self._reply("", "I use the calculator.") | {"tool_calls": calls},
+            {"role": "tool", "tool_call_id": "c", "content": result},
+            self._reply(f"{expression} = {result}.", f"The result is {result}."),
+        ]
 
-def _answer(text: str, thought: str | None, calls: list[dict[str, Any]] | None = None) -> Message:
-    message: Message = {"role": "assistant", "content": text}
-    if thought is not None:
-        message["reasoning_content"] = thought
-    return message | ({"tool_calls": calls} if calls else {})
+    def _reply(self, text: str, thought: str | None) -> Message:
+        message: Message = {"role": "assistant", "content": text}
+        if self.thinks and thought is not None:
+            message["reasoning_content"] = thought
+        return message
 
 
 class Chats:
@@ -126,16 +136,7 @@ class Chats:
             if r.random() < 0.25:
                 chat.say(*self._small(r))
                 continue
-            question, expression, result = expression_of(r)
-            call = {"name": "calculator", "arguments": json.dumps({"expression": expression})}
-            thought = "I use the calculator." if chat.thinks else None
-            after = f"The result is {result}." if chat.thinks else None
-            chat.messages += [
-                {"role": "user", "content": question},
-                _answer("", thought, [{"id": "c", "type": "function", "function": call}]),
-                {"role": "tool", "tool_call_id": "c", "content": result},
-                _answer(f"{expression} = {result}.", after),
-            ]
+            chat.compute(*expression_of(r))
         return chat
 
     # --- what must be found again ---

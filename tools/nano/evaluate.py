@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chats import CALCULATOR, Chat, _answer, arithmetic, expression_of
+from .attention import BLOCK
+from .chats import CALCULATOR, Chat, arithmetic, expression_of
 from .data import TEXTS, Corpus
-from .model import BLOCK, Nano, Training
+from .layers import Training
+from .model import Nano
 from .rounding import fp4_codes_value, fp8_codes_value
 from .smalltalk import small_talk
 
@@ -128,14 +130,7 @@ def tool_calls_right(model: Nano, corpus: Corpus, count: int, seed: int) -> dict
     r, calls, answers = Random(seed), [], []
     for _ in range(count):
         chat = Chat(tools=[CALCULATOR])
-        question, expression, result = expression_of(r)
-        function = {"name": "calculator", "arguments": {"expression": expression}}
-        chat.messages += [
-            {"role": "user", "content": question},
-            _answer("", None, [{"id": "c", "type": "function", "function": function}]),
-            {"role": "tool", "tool_call_id": "c", "content": result},
-            _answer(f"{expression} = {result}.", None),
-        ]
+        chat.compute(*expression_of(r))
         call, answer = answers_right(model, corpus, [chat])[0]
         calls.append(call)
         answers.append(answer)

@@ -20,7 +20,8 @@ from torch import Tensor
 from mlx_v4flash.config import ModelConfig
 
 from .data import Array, Corpus, Mix
-from .model import Nano, Training
+from .layers import Training
+from .model import Nano
 from .optimizer import Slot, kind_of, update
 from .recipe import BALANCE, CONFIG, INDEX_LOSS, PHASES, SEED, Phase, phase_at, tokens_before
 
