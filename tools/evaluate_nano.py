@@ -16,6 +16,8 @@ from nano.export import load_state
 from nano.recipe import SHORT
 from nano.texts import documents
 
+# Of each source's held-out texts.
+TOKENS = 8_193
 DISTANCES = (60, 100, 200, 400, 800, 1600, 3000)
 
 
@@ -34,24 +36,20 @@ def main(folder: Path, count: int, seed: int, baselines: bool) -> None:
     found["arithmetic"] = e.arithmetic_right(model, corpus, count, seed)
     found["recall"] = {d: e.recall_right(model, corpus, d, count, seed + d) for d in DISTANCES}
     found["tools"] = e.tool_calls_right(model, corpus, count, seed)
-    found["bits_per_byte"] = e.bits_per_byte(model, corpus, held_out, 10_000)
+    found["bits_per_byte"] = e.bits_per_byte(model, corpus, held_out, TOKENS)
     tokens = torch.from_numpy(corpus.batch(SHORT, 8, (seed,))[0][:, :-1])
     found["experts"] = [[round(x, 3) for x in layer] for layer in e.expert_use(model, tokens).tolist()]
     found["rounding"] = e.rounding_cost(model, tokens[:4])
     if baselines:
-        found["baselines"] = _baselines()
+        found["baselines"] = {name: _baselines(name, e.text_of(corpus, ids[:TOKENS])) for name, ids in held_out.items()}
     click.echo(json.dumps(found, indent=1, ensure_ascii=False))
 
 
-def _baselines() -> dict[str, dict[str, float]]:
-    """Of each source: compressors that have seen 4 MB of it, counts of 2 MB of it."""
-    out = {}
-    for name in TEXTS:
-        before = "\n".join(documents(name)).encode()
-        text = "\n".join(documents(name, held_out=True)).encode()[:30_000]
-        counts = ByteCounts(before[:2_000_000], 6)
-        out[name] = compressed_bits(text, before[:4_000_000]) | {"bytes of 6": counts.bits_per_byte(text)}
-    return out
+def _baselines(source: str, text: bytes) -> dict[str, float]:
+    """Bits per byte by compressors that have seen 4 MB of the source, and by counts of 1 MB of it."""
+    before = "\n".join(documents(source)).encode()
+    counts = ByteCounts(before[:1_000_000], 6)
+    return compressed_bits(text, before[:4_000_000]) | {"byte counts": counts.bits_per_byte(text)}
 
 
 if __name__ == "__main__":

@@ -148,10 +148,15 @@ def bits_per_byte(model: Nano, corpus: Corpus, held_out: dict[str, np.ndarray], 
             piece = torch.from_numpy(ids[start : start + 513])
             logits = model.head(states(model, [piece[:-1].tolist()])[0], EXPORTED).float()
             bits += torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum").item() / math.log(2)
-            texts = [corpus.encoding.vocabulary.read(i) for i in piece[1:].tolist()]
-            size += sum(len(t) for t in texts if isinstance(t, bytes)) + sum(isinstance(t, str) for t in texts)
+            size += len(text_of(corpus, piece[1:].numpy()))
         out[name] = bits / max(1, size)
     return out
+
+
+def text_of(corpus: Corpus, ids: np.ndarray) -> bytes:
+    """Text of tokens; a mark, which parts documents, counts as one byte."""
+    found = [corpus.encoding.vocabulary.read(i) for i in ids.tolist()]
+    return b"".join(part if isinstance(part, bytes) else b"\n" for part in found)
 
 
 @torch.no_grad()
