@@ -36,7 +36,7 @@ def write_byte_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (BOS, EOS)])
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in SPELLINGS[2:]])
     tokenizer.save(str(folder / FILES[0]))
-    _write_settings(folder, vocab)
+    write_settings(folder, vocab)
 
 
 def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
@@ -55,7 +55,7 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
     if settings.is_file():
         shutil.copyfile(settings, folder / FILES[1])
     else:
-        _write_settings(folder, ids)
+        write_settings(folder, ids)
 
 
 def _vocabulary(file: Path) -> dict[str, int]:
@@ -76,7 +76,7 @@ def _check_size(vocab_size: int, needed: int, what: str) -> None:
         )
 
 
-def _write_settings(folder: Path, vocab: dict[str, int]) -> None:
+def write_settings(folder: Path, vocab: dict[str, int]) -> None:
     settings: dict[str, Any] = {
         "add_bos_token": False,
         "add_eos_token": False,

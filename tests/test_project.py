@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("mlx_v4flash", "metal_kernels")
 MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
-DEVELOPERS = sorted(p for folder in ("tests", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+DEVELOPERS = sorted(p for folder in ("tests", "benchmarks", "tools") for p in (ROOT / folder).rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Between a prompt and its logits nothing may wait for the device. engine.py and experts.py are where the host waits.
@@ -58,7 +58,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def third_party(paths: list[Path]) -> dict[str, str]:
     """Imported top-level names that are neither Python's nor ours, each with a file that imports it."""
-    ours = {*PACKAGES, "tests", *(p.stem for p in DEVELOPERS), *sys.stdlib_module_names}
+    ours = {*PACKAGES, *(p.stem for p in DEVELOPERS), *(p.parent.name for p in DEVELOPERS), *sys.stdlib_module_names}
     return {name: name_of(path) for path in paths for name in imports(path) if name not in ours}
 
 
