@@ -109,7 +109,7 @@ def suites(body: str) -> list[str]:
     near = [t for t in tests if any(re.search(rf"\b{user}\b", t.read_text(encoding="utf-8")) for user in users)]
     if not near:
         raise ValueError(f"{body}.metal: expected a test of the kernels in {sorted(users)}, found none")
-    near.sort(key=lambda t: (body not in t.stem, t.stem))
+    near.sort(key=lambda t: (body not in t.stem, not any(user in t.stem for user in users), t.stem))
     return [str(t.relative_to(ROOT)) for t in near]
 
 
