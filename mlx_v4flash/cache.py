@@ -12,8 +12,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
+from .errors import RequestError
+
 # Rows added to a buffer when it is full. Memory grows by these blocks, not at every step.
 ROW_BLOCK = 256
+
+# Of a layer, in a prompt-cache file. Files with another number are of another version.
+_STATE_PARTS = 7
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,25 @@ class LayerCache(_BaseCache):
 
         Returns:
             The rows of the window that the tokens may see, and the groups that are now full, if any.
+
+        Raises:
+            RequestError: what the cache holds is of a model that computes in another way; nothing is changed.
         """
+        self._expect_layout_of(rows)
         groups = None if projected is None else self._extend_recent(projected)
         window = self._extend_window(rows)
         self.position += rows.shape[1]
         return window, groups
+
+    def _expect_layout_of(self, rows: mx.array) -> None:
+        """A restored cache meets its model here. Written into other rows, new ones would be rounded without a word."""
+        if self.window is None or (self.window.dtype, self.window.shape[2]) == (rows.dtype, rows.shape[2]):
+            return
+        expected, found = (f"{str(a.dtype).rpartition('.')[2]} [{a.shape[2]}]" for a in (rows, self.window))
+        raise RequestError(
+            f"cache: expected rows of {expected}, found {found}\n"
+            "hint: load the model with the dtype and simulate_cache_quant of the cache, or make the cache again"
+        )
 
     def _extend_window(self, rows: mx.array) -> mx.array:
         """The new rows after up to W - 1 older ones, in order of position; of a single token the ring as it is,
@@ -157,6 +176,11 @@ class LayerCache(_BaseCache):
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
+        if len(state) != _STATE_PARTS:
+            raise RequestError(
+                f"prompt cache: expected {_STATE_PARTS} parts in the state of a layer, found {len(state)}\n"
+                "hint: it was made by another version of mlx_v4flash; make it again"
+            )
         position, window_size, ratio, window, recent, attn, index = state
         self.__init__(window_size, ratio)  # type: ignore[misc]
         self.position, self.window, self.recent = position, window, recent

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from metal_kernels import fp8_round_trip
 from mlx_v4flash import attention, experts, load_model, moe
-from mlx_v4flash.linear import ACTIVATION_BLOCK, Numerics, QuantizedLinear, WideLinear
+from mlx_v4flash.linear import ACTIVATION_BLOCK, Linear, Numerics, QuantizedLinear, WideLinear, stacked_linear
 from mlx_v4flash.tiny import TINY, write_tiny
 
 # One layer of each kind; the indexer chooses 9 of 11 rows.
@@ -38,6 +39,32 @@ def test_blocks_are_128_values() -> None:
 def test_inputs_stay_as_they_are_unless_asked() -> None:
     x = mx.random.normal((3, 128), key=mx.random.key(0))
     assert Numerics().round_input(x) is x
+
+
+@pytest.mark.parametrize("T", [1, 7])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("quantized", [True, False], ids=["mxfp8", "plain"])
+def test_stacked_layers_give_the_bits_of_each_alone(quantized: bool, dtype: mx.Dtype, T: int) -> None:
+    """The sizes of a layer's first product, halved: query latent and row."""
+    D, sizes = 2048, (512, 256)
+    x, weight = normal(1, T, D).astype(dtype), normal(sum(sizes), D).astype(dtype) * D**-0.5
+
+    def layer(rows: slice) -> Linear:
+        plain = nn.Linear(D, len(weight[rows]), bias=False)
+        plain.weight = weight[rows]
+        if not quantized:
+            return plain
+        scaled = QuantizedLinear(D, len(weight[rows]))
+        scaled.weight, scaled.scales = mx.quantize(weight[rows], group_size=32, bits=8, mode="mxfp8")
+        return scaled
+
+    found = stacked_linear(layer(slice(None)), x, sizes)
+    for part, rows in zip(found, (slice(512), slice(512, None)), strict=True):
+        np.testing.assert_array_equal(np.array(part.astype(mx.float32)), np.array(layer(rows)(x).astype(mx.float32)))
+
+
+def normal(*shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(sum(shape)))
 
 
 class Inputs:

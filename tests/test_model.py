@@ -8,6 +8,7 @@ import itertools
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import golden
 import mlx.core as mx
@@ -116,6 +117,40 @@ def test_copied_restored_and_saved_caches_continue_alike(
     for name, other in others.items():
         np.testing.assert_array_equal(go_on(other), want, err_msg=name)
         assert [c.position for c in other] == [c.position for c in cache]
+
+
+def test_a_state_of_another_layout_is_refused(model: Model, ids: mx.array) -> None:
+    """Such as of a prompt-cache file written by an earlier version."""
+    cache = model.make_cache()
+    mx.eval(model(ids[:, :9], cache))
+    with pytest.raises(RequestError, match=r"prompt cache: expected 7 parts in the state of a layer, found 6\nhint: "):
+        LayerCache.from_state(cache[1].state[:-1])
+
+
+@pytest.mark.parametrize("T", [1, 3], ids=["one token", "several"])
+@pytest.mark.parametrize(
+    ("made_by", "used_by", "what"),
+    [
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}, r"float32 \[\d+\], found uint8 \[\d+\]"),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}, r"uint8 \[\d+\], found float32 \[\d+\]"),
+        (
+            {"dtype": "bfloat16", "simulate_cache_quant": False},
+            {"dtype": "float32", "simulate_cache_quant": False},
+            r"float32 \[\d+\], found bfloat16 \[\d+\]",
+        ),
+    ],
+    ids=["packed to float", "float to packed", "low to high precision"],
+)
+def test_caches_of_another_precision_are_refused(
+    folder: str, ids: mx.array, made_by: dict[str, Any], used_by: dict[str, Any], what: str, T: int
+) -> None:
+    """Written into them, rows would be rounded, or turned into bytes, without a word."""
+    maker, user = load_model(folder, **made_by), load_model(folder, **used_by)
+    cache = maker.make_cache()
+    mx.eval(maker(ids[:, :9], cache))
+    with pytest.raises(RequestError, match=f"cache: expected rows of {what}\nhint: "):
+        user(ids[:, 9 : 9 + T], cache)
+    assert [c.position for c in cache] == [9] * len(cache), "a refused call changed a cache"
 
 
 def test_reset_forgets_everything(model: Model, ids: mx.array, whole: np.ndarray) -> None:
