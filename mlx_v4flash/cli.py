@@ -113,7 +113,7 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 def convert(
     source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, **options: bool
 ) -> None:
-    """Convert the checkpoint SOURCE to TARGET, losslessly, in a form that loads and streams fast.
+    """Convert the checkpoint SOURCE to TARGET, losslessly, in a form that is read as it is.
 
     Run the same command again after an interruption; it continues.
     """
