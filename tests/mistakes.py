@@ -40,7 +40,7 @@ QUERY, NORM, EXPERTS, ROUTE = f"{OPS}/query_rope.py", f"{OPS}/rms_norm.py", f"{O
 SCORES, TOPK, INDEX_QUERY = f"{OPS}/index_scores.py", f"{OPS}/index_topk.py", f"{OPS}/index_query.py"
 ROUND, ATTENTION, TABLES = f"{OPS}/round_trip.py", f"{MODEL}/attention.py", f"{MODEL}/rope.py"
 COMPRESSOR, CACHE, MOE, WEIGHTS = (f"{MODEL}/{n}.py" for n in ("compressor", "cache", "moe", "weights"))
-CHECKPOINT, LINEAR, RESIDENT = (f"{MODEL}/{n}.py" for n in ("checkpoint", "linear", "experts"))
+CHECKPOINT, LINEAR, RESIDENT = (f"{MODEL}/{n}.py" for n in ("checkpoint", "linear", "experts/resident"))
 
 COLUMNS, ROWS = "comb.sum(axis=-2, keepdims=True) + hc_eps)\n", "comb.sum(axis=-1, keepdims=True) + hc_eps)\n"
 SINKHORN = f"        comb = comb / ({ROWS}        comb = comb / ({COLUMNS}"

@@ -19,7 +19,7 @@ MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 DEVELOPERS = sorted(p for folder in ("tests", "benchmarks", "tools") for p in (ROOT / folder).rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-# Between a prompt and its logits nothing may wait for the device. engine.py and experts.py are where the host waits.
+# Between a prompt and its logits nothing may wait for the device. engine.py and experts/ are where the host waits.
 NEVER_WAITING = (
     *(
         ROOT / "mlx_v4flash" / f"{name}.py"

@@ -1,4 +1,4 @@
-"""Where routed experts live."""
+"""All routed experts of a layer in memory, and the shared one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 from metal_kernels import ExpertWeights, add_shared, expert_down, expert_down_sum, expert_gate_up, swiglu
 
-from .config import ModelConfig
-from .linear import Numerics, linear, packed
+from ..config import ModelConfig
+from ..linear import Numerics, linear, packed
 
 # From this many pairs of token and expert on they are sorted, so that one expert's tokens share a product.
 _SORT_FROM = 64
