@@ -103,25 +103,38 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 
 
 @main.command()
-@click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source", required=False)
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--recipe", default="native", show_default=True, help="Formats: a name of --list, or a TOML file.")
+@click.option("--list", "listed", is_flag=True, help="Print the named recipes with their sizes for the real model.")
+@click.option("--json", "as_json", is_flag=True, help="With --list: print JSON instead of a table.")
 @click.option("--from-hub", is_flag=True, help="SOURCE is a repository: download, convert and remove file by file.")
 @click.option("--revision", help="With --from-hub: branch, tag or commit.")
 @click.option("--keep-source", is_flag=True, help="With --from-hub: keep what was downloaded.")
 @click.option("--dry-run", is_flag=True, help="Print sizes, time and free space needed; write nothing.")
 @click.option("--verify", is_flag=True, help="Read everything again and compare checksums.")
 def convert(
-    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, **options: bool
-) -> None:
-    """Convert the checkpoint SOURCE to TARGET, losslessly, in a form that is read as it is.
+    source: str | None, target: Path | None, recipe: str, from_hub: bool, revision: str | None, keep_source: bool,
+    **options: bool,
+) -> None:  # fmt: skip
+    """Convert the checkpoint SOURCE to TARGET, in a form that is read as it is: losslessly, or smaller by a recipe.
 
     Run the same command again after an interruption; it continues.
     """
     from . import convert as conversion
+    from . import recipe_sizes
     from .progress import bar
+    from .recipe import read_recipe
+    from .rounding import Rounding
 
+    if options["listed"]:
+        click.echo(json.dumps(recipe_sizes.listing(), indent=2) if options["as_json"] else recipe_sizes.table())
+        return
+    if source is None or target is None:
+        raise click.UsageError("expected SOURCE and TARGET, or --list")
+    wanted = read_recipe(recipe)
     opened = conversion.open_source(source, target, from_hub, revision, keep_source)
-    job = conversion.plan(opened)
+    job = conversion.plan(opened, wanted)
     needed = conversion.check_space(job, target)
     if options["dry_run"]:
         speed = conversion.measure_disk(target)
@@ -129,7 +142,8 @@ def convert(
         click.echo(f"about {needed / speed:,.0f} s at {speed / 1e9:.2f} GB/s, the measured speed of writing")
         return
     with bar("converting", "bytes") as progress:
-        converted = conversion.convert(opened, target, progress)
+        rounding = Rounding(opened.checkpoint.config, wanted)
+        converted = conversion.convert(opened, target, progress, rounding)
     if options["verify"]:
         with bar("verifying", "bytes") as progress:
             converted.verify(progress)
