@@ -106,6 +106,8 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 @click.argument("source", required=False)
 @click.argument("target", required=False, type=click.Path(path_type=Path))
 @click.option("--recipe", default="native", show_default=True, help="Formats: a name of --list, or a TOML file.")
+@click.option("--calibrate", type=PATH, help="A text: round for the inputs it gives, layer by layer. Slow, and better.")
+@click.option("--calibrate-tokens", default=32768, show_default=True, help="How much of the text to use.")
 @click.option("--list", "listed", is_flag=True, help="Print the named recipes with their sizes for the real model.")
 @click.option("--json", "as_json", is_flag=True, help="With --list: print JSON instead of a table.")
 @click.option("--from-hub", is_flag=True, help="SOURCE is a repository: download, convert and remove file by file.")
@@ -114,8 +116,8 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 @click.option("--dry-run", is_flag=True, help="Print sizes, time and free space needed; write nothing.")
 @click.option("--verify", is_flag=True, help="Read everything again and compare checksums.")
 def convert(
-    source: str | None, target: Path | None, recipe: str, from_hub: bool, revision: str | None, keep_source: bool,
-    **options: bool,
+    source: str | None, target: Path | None, recipe: str, calibrate: Path | None, calibrate_tokens: int,
+    from_hub: bool, revision: str | None, keep_source: bool, **options: bool,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE to TARGET, in a form that is read as it is: losslessly, or smaller by a recipe.
 
@@ -123,6 +125,7 @@ def convert(
     """
     from . import convert as conversion
     from . import recipe_sizes
+    from .calibrate import Calibrated, read_text
     from .progress import bar
     from .recipe import read_recipe
     from .rounding import Rounding
@@ -143,10 +146,19 @@ def convert(
         return
     with bar("converting", "bytes") as progress:
         rounding = Rounding(opened.checkpoint.config, wanted)
+        if calibrate is not None:
+            ids = read_text(opened, calibrate, calibrate_tokens)
+            rounding = Calibrated(opened, target, wanted, ids)
         converted = conversion.convert(opened, target, progress, rounding)
     if options["verify"]:
         with bar("verifying", "bytes") as progress:
             converted.verify(progress)
+    if rare := sum(converted.rare.values()):
+        experts = sum(len(layer.crc32) for layer in converted.layers.values())
+        click.echo(
+            f"warning: {rare} of {experts} experts were chosen for so few tokens of the text that "
+            "their numbers were rounded each for itself; a longer text, or more kinds of it, helps", err=True,
+        )  # fmt: skip
     click.echo(f"{target}: {converted.nbytes / 1e9:.2f} GB{', verified' if options['verify'] else ''}", err=True)
 
 

@@ -24,7 +24,7 @@ from .expert_pack import HEADER, NAMES, PAGE, as_numpy, lay_out, record_bytes, w
 from .journal import Journal, alone, rename, sync_folder, write_all, write_file
 from .recipe import AS_STORED, Recipe
 from .recipe_sizes import sizes as sizes_of
-from .rounding import Rounding
+from .rounding import STATE, Rounding
 from .safetensors_header import DTYPES
 from .weights import parameter, sources
 
@@ -282,11 +282,14 @@ class _Job:
         }
         formats = {path: f.json() for path, f in self.rounding.formats.items() if _EXPERTS not in path}
         index |= {"formats": formats} if formats else {}
+        rare = {u: line["rare"] for u, line in units.items() if "rare" in line}
+        index |= {"rare_experts": rare} if rare else {}
         for path in self.source.extras():
             write_file(self.target / path.name, [path.read_bytes()])
         write_file(self.target / INDEX, [json.dumps(index, sort_keys=True).encode() + b"\n"])
         write_file(self.target / "config.json", [(self.source.folder / "config.json").read_bytes()])
-        shutil.rmtree(self.target / SCRATCH, ignore_errors=True)
+        for scratch in (SCRATCH, STATE):
+            shutil.rmtree(self.target / scratch, ignore_errors=True)
         (self.target / JOURNAL).unlink()
         sync_folder(self.target)
 

@@ -34,6 +34,7 @@ class Converted:
         layers: records of routed experts by the path in the model of the module that they fill.
         files: bytes and CRC-32 of each safetensors file.
         drafter: tensors of the draft block, as the source stored them.
+        rare: number of experts in each layer that calibration saw too rarely, by its path.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Converted:
     formats: dict[str, Format]
     files: dict[str, tuple[int, int]]
     source: dict[str, Any]
+    rare: dict[str, int]
 
     @classmethod
     def open(cls, folder: str | Path) -> Converted:
@@ -63,6 +65,7 @@ class Converted:
                 formats |= {f"{path}.{name}": Format.from_json(found) for name, found in layer.formats.items()}
             files = {name: (file["bytes"], file["crc32"]) for name, file in values["files"].items()}
             drafters, source = set(values["drafter"]), dict(values["source"])
+            rare = dict(values.get("rare_experts", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CheckpointError(
                 f"{folder / INDEX}: expected an index as docs/format.md describes, found {e!r}\nhint: {_AGAIN}"
@@ -76,7 +79,7 @@ class Converted:
         with (folder / PACK).open("rb") as file:
             if file.read(len(HEADER)) != HEADER:
                 raise CheckpointError(f"{folder / PACK}: expected the header of version {VERSION}\nhint: {_AGAIN}")
-        return cls(folder, ModelConfig.from_folder(folder), dense, drafter, layers, formats, files, source)
+        return cls(folder, ModelConfig.from_folder(folder), dense, drafter, layers, formats, files, source, rare)
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ correlated, so a column's error is spread over the columns that follow (GPTQ; Fr
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +15,13 @@ from .formats import Format
 
 # Elements that are rounded at a time: about ten float32 arrays of this size are alive.
 _CHUNK = 1 << 24
-# Parts of a group's range that affine numbers are tried on; each is then improved in rounds of least squares.
-_RANGES, _ROUNDS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4), 2
+# Parts of a group's range that are cut off at either end for a try; each is then improved in rounds of least squares.
+_CUTS, _ROUNDS = (0.0, 0.1, 0.2, 0.3), 1
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LARGEST = {"mxfp4": 6.0, "nvfp4": 6.0, "mxfp8": 448.0}
-# Scales that are tried, as factors of the one that just holds the largest number of a group.
-_FACTORS = {"mxfp4": (1.0, 0.5, 0.25), "mxfp8": (1.0, 0.5), "nvfp4": tuple(1.15 - 0.05 * i for i in range(15))}
+# Codes of scales that are tried, counted from the one that just holds the largest number of a group. A code more is
+# twice the scale, or with nvfp4 about an eighth more.
+_OFFSETS = {"mxfp4": (0, -1, -2), "mxfp8": (0, -1), "nvfp4": tuple(range(-8, 9))}
 
 Packed = dict[str, mx.array]
 
@@ -74,7 +75,7 @@ def quantize(weight: mx.array, format: Format, feedback: mx.array | None = None)
     return _packed(numbers.reshape(weight.shape), scales, biases, format)
 
 
-def feedback_matrix(gram: np.ndarray, damping: float = 0.01) -> mx.array:
+def feedback_matrix(gram: np.ndarray, damping: float = 0.03) -> mx.array:
     """U with U^T U the inverse of the damped Gram matrix; upper triangular, float32.
 
     Row i says how an error in column i is best made good in the columns after it.
@@ -110,8 +111,9 @@ def fit(groups: mx.array, format: Format, importance: mx.array | float = 1.0) ->
         return _fit_affine(groups, format, importance)
     largest = mx.abs(groups).max(axis=-1) / _LARGEST[format.mode]
     best, best_error = mx.zeros(largest.shape, mx.uint8), mx.full(largest.shape, mx.inf)
-    for factor in _FACTORS[format.mode]:
-        scales = _stored_scale(largest * factor, format)
+    first, last = _stored_scale(largest, format).astype(mx.int32), 0x7E if format.mode == "nvfp4" else 254
+    for offset in _OFFSETS[format.mode]:
+        scales = mx.clip(first + offset, 1, last).astype(mx.uint8)
         error = _error(groups, scales, None, format, importance)
         best, best_error = mx.where(error < best_error, scales, best), mx.minimum(error, best_error)
     return best, None
@@ -183,10 +185,10 @@ def _with_feedback(weight: mx.array, format: Format, U: mx.array) -> Packed:
 
 def _fit_affine(groups: mx.array, format: Format, importance: mx.array | float) -> tuple[mx.array, mx.array]:
     low, high = groups.min(axis=-1), groups.max(axis=-1)
-    middle, width, steps = (low + high) / 2, high - low, (1 << format.bits) - 1
+    width, steps = high - low, (1 << format.bits) - 1
     best, best_error = (_bf16(width), _bf16(low)), mx.full(low.shape, mx.inf)
-    for part in _RANGES:
-        scales, biases = _bf16(width * part / steps), _bf16(middle - width * part / 2)
+    for below, above in product(_CUTS, _CUTS):
+        scales, biases = _bf16(width * (1 - below - above) / steps), _bf16(low + width * below)
         for again in range(_ROUNDS + 1):
             if again:
                 scales, biases = _least_squares(groups, codes(groups, scales, biases, format), importance)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 
 from .config import ModelConfig
-from .formats import Format, format_of, matrices
+from .formats import format_of, matrices
 from .linear import Numerics
 from .model import Model
 from .quantize import requantize
 from .recipe import Recipe
 
 Arrays = dict[str, mx.array]
+# A folder inside the target for what a rounding must know to continue.
+STATE = ".calibration"
 
 
 class Rounding:
@@ -34,39 +37,38 @@ class Rounding:
 
     def dense(self, unit: str, arrays: Arrays) -> Arrays:
         """Parameters of one unit by path, as the source holds them -> as they are to be written."""
-        return {
-            f"{module}.{name}": array
-            for module, parts in by_module(arrays).items()
-            for name, array in self.change(module, parts).items()
-        }
+        return self.changed(arrays, {})
 
     def begin_experts(self, module: str) -> None:
         """The experts of this layer come next, in their order."""
 
     def expert(self, module: str, number: int, arrays: Arrays) -> Arrays:
         """One expert's arrays, `w1.weight` and so on, as the source holds them -> as they are to be written."""
-        return {
-            f"{matrix}.{name}": array
-            for matrix, parts in by_module(arrays).items()
-            for name, array in self.change(f"{module}.{matrix}", parts).items()
-        }
+        return self.changed(arrays, {}, f"{module}.")
 
     def end_experts(self, module: str) -> dict[str, Any]:
         """All of them have been written; what the journal keeps of them."""
         return {}
 
-    def change(self, module: str, arrays: Arrays, feedback: mx.array | None = None) -> Arrays:
-        """Weight, scales and biases of a matrix [rows, columns] -> in its new format."""
-        if module not in self.formats:
-            return arrays
-        return requantize(arrays, self.stored[module], self.formats[module], feedback)
+    def changed(self, arrays: Arrays, feedback: Mapping[str, mx.array], prefix: str = "") -> Arrays:
+        """Arrays with each matrix [rows, columns] in its new format.
+
+        Args:
+            feedback: of some modules, as `quantize.requantize` takes it.
+            prefix: of the paths of arrays, to be those in the model.
+        """
+        done: Arrays = {}
+        for path, parts in by_module(arrays).items():
+            module = prefix + path
+            if module in self.formats:
+                parts = requantize(parts, self.stored[module], self.formats[module], feedback.get(module))
+            done |= {f"{path}.{name}": array for name, array in parts.items()}
+        return done
 
     def expert_formats(self, module: str) -> dict[str, dict[str, Any]]:
         """Formats of a layer's experts as the index has them."""
-        return {m: self._format(f"{module}.{m}").json() for m in ("w1", "w2", "w3")}
-
-    def _format(self, path: str) -> Format:
-        return self.formats.get(path, self.stored[path])
+        formats = self.stored | self.formats
+        return {name: formats[f"{module}.{name}"].json() for name in ("w1", "w2", "w3")}
 
 
 def by_module(arrays: Arrays) -> dict[str, Arrays]:
