@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import string
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ SMALL = {
     "num_experts_per_tok": 2, "num_attention_heads": 2,
 }  # fmt: skip
 THREE = Recipe("three", classes={kind: "affine3-g64" for kind in CLASSES if kind != "embedding"})
-TEXT = "The quick brown fox jumps over the lazy dog. " * 6 + "0123456789 " * 12
+FEW = Recipe("few", classes={"routed_w2": "affine2-g128", "attention_q": "mxfp4", "head": "affine4-g128"})
+# Letters by chance: a random model has no use for words, and the same ones again would say nothing new.
+TEXT = "".join(random.Random(0).choices(string.ascii_letters + string.digits, k=1400))
+TOKENS = 1200
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,14 @@ def finished(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
     return convert(source, tmp_path_factory.mktemp("calibrate") / "target", text).folder
 
 
-def convert(source: Path, target: Path, text: Path, recipe: Recipe = THREE) -> Converted:
+@pytest.fixture(scope="module")
+def three(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(source, tmp_path_factory.mktemp("calibrate") / "target", text, THREE, TOKENS).folder
+
+
+def convert(source: Path, target: Path, text: Path, recipe: Recipe = FEW, tokens: int = 200) -> Converted:
     opened = conversion.open_source(source, target)
-    rounding = Calibrated(opened, target, recipe, read_text(opened, text, 400))
+    rounding = Calibrated(opened, target, recipe, read_text(opened, text, tokens))
     return conversion.convert(opened, target, rounding=rounding)
 
 
@@ -62,19 +72,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
-def test_logits_are_nearer_than_those_of_plain_rounding(source: Path, finished: Path, tmp_path: Path) -> None:
+def test_logits_are_nearer_than_those_of_plain_rounding(source: Path, three: Path, text: Path, tmp_path: Path) -> None:
     opened = conversion.open_source(source, tmp_path / "plain")
     conversion.convert(opened, tmp_path / "plain", rounding=Rounding(opened.checkpoint.config, THREE))
-    ids = mx.array([list((TEXT[100:180] + TEXT[280:320]).encode())])
-    want, plain, told = (np.array(load_model(f, dtype="float32")(ids)) for f in (source, tmp_path / "plain", finished))
-    assert Converted.open(finished).nbytes == Converted.open(tmp_path / "plain").nbytes
-    assert np.square(told - want).mean() < 0.7 * np.square(plain - want).mean()
-    Converted.open(finished).verify()
-    assert not (finished / STATE).exists()
-    assert {str(format_of(m)) for p, m in matrices(load_model(finished)) if p != "embed"} == {"affine3-g64"}
+    ids = mx.array(read_text(opened, text, len(TEXT)))[:, TOKENS:]
+    want, plain, told = (np.array(load_model(f, dtype="float32")(ids)) for f in (source, tmp_path / "plain", three))
+    assert Converted.open(three).nbytes == Converted.open(tmp_path / "plain").nbytes
+    assert np.square(told - want).mean() < 0.6 * np.square(plain - want).mean()
+    Converted.open(three).verify()
+    assert not (three / STATE).exists()
+    assert {str(format_of(m)) for p, m in matrices(load_model(three)) if p != "embed"} == {"affine3-g64"}
 
 
-@pytest.mark.parametrize("nbytes", [2_000, 250_000, 420_000, 700_000, 900_000])
+@pytest.mark.parametrize("nbytes", [2_000, 300_000, 600_000, 800_000])
 def test_interrupted_anywhere_gives_the_same_bytes(
     source: Path, finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int
 ) -> None:
@@ -112,7 +122,7 @@ def test_streams_between_layers_are_those_of_the_converted_model(
     monkeypatch.setattr(Calibrated, "end_experts", end)
     converted = convert(source, tmp_path / "t", text)
     model = load_model(converted.folder, dtype="float32")
-    ids = read_text(conversion.open_source(source, tmp_path / "x"), text, 400)
+    ids = read_text(conversion.open_source(source, tmp_path / "x"), text, 200)
     cache = model.make_cache()
     rotations, x = model.rotations(cache, len(ids[0])), model.streams(mx.array(ids[:1]))
     for number, layer in enumerate(model.layers):
