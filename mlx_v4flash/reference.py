@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .errors import RequestError
-from .journal import write_all, write_file
+from .journal import flush, write_all, write_file
 
 FORMAT, VERSION = "mlx_v4flash.reference", 1
 _LEVELS = 65535
@@ -139,7 +139,7 @@ class Reference:
                 crc = zlib.crc32(data, crc)
                 write_all(file.fileno(), data)
             write_all(file.fileno(), crc.to_bytes(4, "little"))
-            os.fsync(file.fileno())
+            flush(file.fileno())
         self.done += 1
 
     def block(self, number: int) -> Array:
