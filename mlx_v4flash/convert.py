@@ -169,10 +169,10 @@ class _Job:
                 self._expect_same(line["source"], found, unit)
             elif found != line["source"]:  # a damaged shard was replaced: its small part is soon done again
                 del self.journal.units[unit]
-        found = self.pack.stat().st_size if self.pack.exists() else 0
-        if found < self._pack_end() != PAGE:
+        nbytes = self.pack.stat().st_size if self.pack.exists() else 0
+        if nbytes < self._pack_end() != PAGE:
             raise ConvertError(
-                f"{self.pack}: expected {self._pack_end():,} bytes, found {found:,}: it was removed or truncated\n"
+                f"{self.pack}: expected {self._pack_end():,} bytes, found {nbytes:,}: it was removed or truncated\n"
                 f"hint: remove {target} and convert again"
             )
 
