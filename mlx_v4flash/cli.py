@@ -108,19 +108,24 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 @click.option("--from-hub", is_flag=True, help="SOURCE is a repository: download, convert and remove file by file.")
 @click.option("--revision", help="With --from-hub: branch, tag or commit.")
 @click.option("--keep-source", is_flag=True, help="With --from-hub: keep what was downloaded.")
+@click.option("--plain", is_flag=True, help="Keep bfloat16 and float32 weights; without it they become FP4 and FP8.")
 @click.option("--dry-run", is_flag=True, help="Print sizes, time and free space needed; write nothing.")
 @click.option("--verify", is_flag=True, help="Read everything again and compare checksums.")
 def convert(
-    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, **options: bool
+    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, plain: bool, **options: bool
 ) -> None:
-    """Convert the checkpoint SOURCE to TARGET, losslessly, in a form that is read as it is.
+    """Convert the checkpoint SOURCE to TARGET, in a form that is read as it is.
+
+    Weights in DeepSeek's FP4 and FP8 keep every bit; those in bfloat16 or float32 are rounded as DeepSeek's were.
 
     Run the same command again after an interruption; it continues.
     """
     from . import convert as conversion
     from .progress import bar
 
-    opened = conversion.open_source(source, target, from_hub, revision, keep_source)
+    opened = conversion.open_source(source, target, from_hub, revision, keep_source, plain)
+    if opened.rounded:
+        click.echo("no quantization_config: experts become FP4 and layers FP8, as in DeepSeek's files", err=True)
     job = conversion.plan(opened)
     needed = conversion.check_space(job, target)
     if options["dry_run"]:

@@ -76,12 +76,17 @@ def plan(source: FolderSource) -> Plan:
 
 
 def open_source(
-    source: str | Path, target: Path, from_hub: bool = False, revision: str | None = None, keep: bool = False
+    source: str | Path,
+    target: Path,
+    from_hub: bool = False,
+    revision: str | None = None,
+    keep: bool = False,
+    plain: bool = False,
 ) -> FolderSource:
     """The source of a conversion; a repository's files go through a folder inside the target unless kept."""
     if from_hub:
         return HubSource(str(source), revision, target / SCRATCH, keep)
-    return FolderSource(Path(source))
+    return FolderSource(Path(source), plain)
 
 
 def measure_disk(folder: Path, nbytes: int = 1 << 26) -> float:
@@ -288,7 +293,7 @@ class _Job:
         for path in self.source.extras():
             write_file(self.target / path.name, [path.read_bytes()])
         write_file(self.target / INDEX, [json.dumps(index, sort_keys=True).encode() + b"\n"])
-        write_file(self.target / "config.json", [(self.source.folder / "config.json").read_bytes()])
+        write_file(self.target / "config.json", [self.source.config_json()])
         shutil.rmtree(self.target / SCRATCH, ignore_errors=True)
         (self.target / JOURNAL).unlink()
         sync_folder(self.target)
