@@ -32,6 +32,7 @@ from mlx_v4flash.converted import INDEX, JOURNAL, PACK, Converted
 from mlx_v4flash.errors import CheckpointError, ConfigError, ConvertError
 from mlx_v4flash.expert_pack import PAGE
 from mlx_v4flash.tiny import TINY, write_tiny
+from tests.configs import SMALL_PRO
 from tests.golden import CASES
 from tests.golden import folder as golden
 
@@ -72,9 +73,13 @@ def expect_same_model(found: Path, want: Path) -> None:
     np.testing.assert_array_equal(np.array(a(ids)), np.array(b(ids)))
 
 
-@pytest.mark.parametrize("base", [False, True], ids=["fp4-experts", "fp8-experts-f32-scales"])
-def test_every_tensor_and_the_logits_are_bit_equal(tmp_path: Path, base: bool) -> None:
-    source = write_tiny(tmp_path / "s", SMALL, base=base, drafter=True)
+@pytest.mark.parametrize(
+    ("values", "base"),
+    [(SMALL, False), (SMALL, True), (SMALL_PRO, False)],
+    ids=["fp4-experts", "fp8-experts-f32-scales", "pro"],
+)
+def test_every_tensor_and_the_logits_are_bit_equal(tmp_path: Path, values: dict[str, Any], base: bool) -> None:
+    source = write_tiny(tmp_path / "s", values, base=base, drafter=True)
     convert(source, tmp_path / "t").verify()
     expect_same_model(tmp_path / "t", source)
 
@@ -85,9 +90,14 @@ def test_golden_checkpoints_are_bit_equal(tmp_path: Path, case: str) -> None:
     expect_same_model(tmp_path / "t", golden(case))
 
 
-def test_drafter_is_carried_over_untouched(source: Path, finished: Path) -> None:
+@pytest.mark.parametrize("base", [False, True], ids=["fp4-experts", "base"])
+def test_drafter_is_carried_over_untouched(source: Path, finished: Path, tmp_path: Path, base: bool) -> None:
+    if base:
+        source, finished = write_tiny(tmp_path / "s", SMALL, base=True, drafter=True), tmp_path / "t"
+        convert(source, finished)
     want, found = Checkpoint.open(source).drafter, Converted.open(finished).drafter
     assert want and found.keys() == want.keys()
+    assert ("mtp.0.emb.tok_emb.weight" in found) == base  # V4-Flash-Base has copies of embedding and head there
     for name, tensor in want.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert read(found[name]).tobytes() == read(tensor).tobytes(), name
