@@ -171,7 +171,7 @@ def test_interrupted_and_continued_is_identical(
     owner, name, calls = {
         "reference": (Reference, "append", 6),
         "half-a-block": (reference, "write_all", 9),
-        "scores": (quality, "_scores", 6),
+        "scores": (quality.Journal, "finish", 6),
         "end": (quality, "write_file", 0),
     }[where]
     with monkeypatch.context() as patch:
@@ -249,7 +249,7 @@ def test_another_model_does_not_continue_a_comparison(
 ) -> None:
     output = tmp_path / "found.json"
     with monkeypatch.context() as patch:
-        stop_after(patch, quality, "_scores", 3)
+        stop_after(patch, quality.Journal, "finish", 3)
         with pytest.raises(Stop):
             compare(*models, text, *SIZES, "--output", output)
     assert "expected a comparison of the same models" in refused(models[1], models[1], text, *SIZES, "--output", output)
