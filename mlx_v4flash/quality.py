@@ -280,6 +280,7 @@ def _report(journal: Journal, reference: Reference, model: str, nbytes: int) -> 
         model=model,
         against=reference.head["model"],
         model_bytes=nbytes,
+        ids_crc32=reference.head["ids_crc32"],
         **dataclasses.asdict(reference.passage),
         all=Depth.of(1, low, columns),
         depths=depths,

@@ -63,6 +63,7 @@ class Report:
 
     Args:
         model_bytes: of the weights that were loaded.
+        ids_crc32: of the text's tokens.
         tokens, context, chunk: how the text was read.
         all, depths: figures over the whole text, and over ranges of depth.
     """
@@ -70,6 +71,7 @@ class Report:
     model: str
     against: str
     model_bytes: int
+    ids_crc32: int
     tokens: int
     context: int
     chunk: int
@@ -115,7 +117,7 @@ def plot(reports: Sequence[Report], output: Path) -> None:
     Raises:
         RequestError: matplotlib is absent, the reports are of different references, or the file cannot be written.
     """
-    kinds = sorted({f"{r.tokens} tokens against {r.against}" for r in reports})
+    kinds = sorted({f"{r.tokens} tokens (CRC-32 {r.ids_crc32:08x}) against {r.against}" for r in reports})
     if len(kinds) > 1:
         raise RequestError(
             f"results: expected comparisons with one model over one text, found {' and '.join(kinds)}\n"
@@ -133,16 +135,18 @@ def plot(reports: Sequence[Report], output: Path) -> None:
         yerr=[r.all.kld_error for r in reports],
         fmt="o",
         capsize=3,
+        clip_on=False,  # a point at 0 is a whole one
     )
+    middle = sum(axes.get_xlim()) / 2
     for r in reports:
-        axes.annotate(Path(r.model).name, (r.model_bytes / 1e9, r.all.kld), xytext=(6, 6), textcoords="offset points")
+        x, (side, offset) = r.model_bytes / 1e9, ("left", 6) if r.model_bytes / 1e9 <= middle else ("right", -6)
+        axes.annotate(Path(r.model).name, (x, r.all.kld), xytext=(offset, 6), textcoords="offset points", ha=side)
     axes.set(
         xlabel="weights, GB",
         ylabel="mean KL divergence, nats",
         title=f"against {Path(reports[0].against).name}, {reports[0].tokens:,} tokens",
         ylim=(0, None),
     )
-    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     try:
         figure.savefig(output, dpi=150)
