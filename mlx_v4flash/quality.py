@@ -9,22 +9,20 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import ModelConfig
 from .errors import ConvertError, NumericsError, RequestError
 from .hub import resolve
 from .journal import Journal, write_file
-from .loading import load_tokenizer
 from .model import Model
+from .passage import Array, Passage, Text
 from .quality_report import Depth, Report
-from .reference import Array, Passage, Reference, decode, encode, log_softmax
+from .reference import Reference, decode, encode, log_softmax
 from .run import Run
 
 Progress = Callable[[int, int], None]
@@ -32,65 +30,6 @@ Progresses = Callable[[str], Any]  # a context manager with a Progress, for each
 
 TOKENS, CONTEXT, CHUNK = 4096, 4096, 2048
 _ROWS = 4  # worked on at once: more leave the processor's cache, which takes 8 times as long
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text as one tokenizer sees it.
-
-    Args:
-        ids: tokens to be predicted.
-        start: the token before the first, also where the model begins anew.
-    """
-
-    ids: list[int]
-    start: int
-    vocab_size: int
-
-    @classmethod
-    def read(cls, file: Path, folder: Path, tokens: int | None) -> Text:
-        """The first so many tokens of a file, all if it has fewer.
-
-        Raises:
-            RequestError: a file that is no text, an empty one, or a tokenizer without a first token.
-            CheckpointError: the folder has no tokenizer.
-        """
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise RequestError(f"{file}: expected text in UTF-8, found {e}\nhint: pass another file") from e
-        tokenizer = load_tokenizer(folder)
-        ids = _encode(tokenizer, text)[:tokens]
-        vocab_size = ModelConfig.from_folder(folder).vocab_size
-        if not ids:
-            raise RequestError(f"{file}: expected at least one token, found none\nhint: pass some text")
-        if tokenizer.bos_token_id is None or max(ids) >= vocab_size:
-            raise RequestError(
-                f"{folder}: expected a tokenizer with a beginning-of-sequence token and ids below {vocab_size}, "
-                f"found {tokenizer.bos_token_id} and {max(ids)}\nhint: copy the tokenizer of the original checkpoint"
-            )
-        return cls(ids, tokenizer.bos_token_id, vocab_size)
-
-    def inputs(self, start: int, stop: int, context: int) -> mx.array:
-        """What the model reads to predict tokens start to stop: [1, stop - start]."""
-        return mx.array([[self.start if i % context == 0 else self.ids[i - 1] for i in range(start, stop)]])
-
-    def targets(self, start: int, stop: int) -> Array:
-        return np.array(self.ids[start:stop])
-
-    def expect_same(self, head: dict[str, Any], file: Path, folder: Path) -> None:
-        """Raise RequestError unless the reference was made from these very tokens."""
-        if self.vocab_size != head["vocab_size"]:
-            raise RequestError(
-                f"{folder}: expected a vocabulary of {head['vocab_size']} as in the model it is compared with, found "
-                f"{self.vocab_size}\nhint: only models with the same tokenizer can be compared"
-            )
-        if (len(self.ids), _crc(self.ids)) != (head["tokens"], head["ids_crc32"]):
-            raise RequestError(
-                f"{file}: expected the {head['tokens']} tokens of the reference, found {len(self.ids)} others with the "
-                f"tokenizer of {folder}\nhint: the text or the tokenizer is another one; compare with the same text, "
-                "and only models with the same tokenizer"
-            )
 
 
 def compare(
@@ -118,17 +57,21 @@ def compare(
         loading: of `Run.load`.
 
     Raises:
-        RequestError: a number out of range, a text or a model that does not fit, too little disk.
+        RequestError: a number out of range, a text or a model that does not fit, no space or place to write to.
         NumericsError: a model produced a value that is not a number.
     """
-    passage = (tokens, context, prefill_chunk)
-    with _workplace(output) as place:
-        kept = save_reference or (Path(against) if Path(against).is_file() else None)
-        reference = _reference(against, text, passage, kept or place.with_name(place.name + ".reference"), loading)
+    given = {"tokens": tokens, "context": context, "prefill_chunk": prefill_chunk}
+    with _workplace(output) as place, _explained(place):
+        there = Path(against) if Path(against).is_file() else None
+        if there and save_reference:
+            raise RequestError(f"save_reference: expected none, as {there} is a reference, found {save_reference}")
+        head = _head_of(there, given) if there else _head(against, text, given, loading)
         folder = resolve(model)
-        words = Text.read(text, folder, reference.passage.tokens)
-        words.expect_same(reference.head, text, folder)
-        _expect_context(reference.passage, folder)
+        words = Text.read(text, folder, head["tokens"])
+        words.expect_same(head, text, folder)
+        _expect_context(head, folder)
+        path = save_reference or place.with_name(place.name + ".reference")
+        reference = Reference.open(there) if there else _begin(path, head)
         journal = _journal(place, reference, folder, loading)
         if not reference.finished:
             _fill(reference, against, words, progresses, loading)
@@ -137,37 +80,37 @@ def compare(
         if output is not None:
             write_file(output, [report.json().encode() + b"\n"])
         journal.path.unlink()
-        if kept is None:
-            reference.path.unlink()
+        if not (there or save_reference):
+            path.unlink()
         return report
 
 
-def _reference(
-    against: str, text: Path, passage: tuple[int | None, int | None, int | None], path: Path, loading: dict[str, Any]
-) -> Reference:
-    names = ("tokens", "context", "prefill_chunk")
-    for name, value in zip(names, passage, strict=True):
+def _head(against: str, text: Path, given: dict[str, int | None], loading: dict[str, Any]) -> dict[str, Any]:
+    """What a reference made by this model will say of itself."""
+    for name, value in given.items():
         if value is not None and value < 1:
             raise RequestError(f"{name}: expected 1 or more, found {value}")
-    if Path(against).is_file():
-        if path != Path(against):
-            raise RequestError(f"save_reference: expected none, as {against} is a reference, found {path}")
-        reference = Reference.open(Path(against))
-        found = (reference.passage.tokens, reference.passage.context, reference.passage.chunk)
-        for name, value, there in zip(names, passage, found, strict=True):
-            if value is not None and value != there:
-                raise RequestError(
-                    f"{name}: expected {there} as in {against}, found {value}\nhint: leave the option out"
-                )
-        return reference
-    tokens, context, chunk = (p or d for p, d in zip(passage, (TOKENS, CONTEXT, CHUNK), strict=True))
+    tokens, context, chunk = (g or d for g, d in zip(given.values(), (TOKENS, CONTEXT, CHUNK), strict=True))
     folder = resolve(against)
     words = Text.read(text, folder, tokens)
     head = {
         "model": against, "model_crc32": _fingerprint(folder), "loading": loading, "vocab_size": words.vocab_size,
-        "ids_crc32": _crc(words.ids), "tokens": len(words.ids), "context": context, "chunk": chunk,
+        "ids_crc32": words.crc32, "tokens": len(words.ids), "context": context, "chunk": chunk,
     }  # fmt: skip
-    _expect_context(Passage(len(words.ids), context, chunk), folder)
+    _expect_context(head, folder)
+    return head
+
+
+def _head_of(path: Path, given: dict[str, int | None]) -> dict[str, Any]:
+    """What a finished reference says of itself, which options may repeat."""
+    head = Reference.open(path).head
+    for (name, value), there in zip(given.items(), (head["tokens"], head["context"], head["chunk"]), strict=True):
+        if value is not None and value != there:
+            raise RequestError(f"{name}: expected {there} as in {path}, found {value}\nhint: leave the option out")
+    return head
+
+
+def _begin(path: Path, head: dict[str, Any]) -> Reference:
     reference = Reference.begin(path, head)
     needed, free = reference.nbytes - path.stat().st_size, shutil.disk_usage(path.parent).free
     if needed > free:
@@ -178,8 +121,8 @@ def _reference(
     return reference
 
 
-def _expect_context(passage: Passage, folder: Path) -> None:
-    limit, needed = ModelConfig.from_folder(folder).max_position_embeddings, min(passage.context, passage.tokens)
+def _expect_context(head: dict[str, Any], folder: Path) -> None:
+    limit, needed = ModelConfig.from_folder(folder).max_position_embeddings, min(head["context"], head["tokens"])
     if needed > limit:
         raise RequestError(f"context: expected at most {limit}, what {folder} was made for, found {needed}")
 
@@ -307,16 +250,18 @@ def _workplace(output: Path | None) -> Iterator[Path]:
         yield Path(folder) / "quality"
 
 
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise RequestError(
+            f"{e.filename or place}: {e.strerror}\n"
+            "hint: check the space of the disk and permissions, and run the same command again; it continues"
+        ) from e
+
+
 def _fingerprint(folder: Path) -> int:
     """Changes when a file of the folder does."""
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()]
     return zlib.crc32(repr(sorted(files)).encode())
-
-
-def _crc(ids: list[int]) -> int:
-    return zlib.crc32(np.array(ids, "<u4").tobytes())
-
-
-def _encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +13,10 @@ import numpy as np
 
 from .errors import RequestError
 from .journal import flush, write_all, write_file
+from .passage import Array, Passage
 
 FORMAT, VERSION = "mlx_v4flash.reference", 1
 _LEVELS = 65535
-
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Passage:
-    """How a text of so many tokens is read.
-
-    Args:
-        context: after this many tokens the model begins anew, so that depths are met several times.
-        chunk: tokens of one forward pass, and of one block of the file.
-    """
-
-    tokens: int
-    context: int
-    chunk: int
-
-    @functools.cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """First token and end of each chunk; none lies in two contexts."""
-        return [
-            (start, min(start + self.chunk, first + self.context, self.tokens))
-            for first in range(0, self.tokens, self.context)
-            for start in range(first, min(first + self.context, self.tokens), self.chunk)
-        ]
 
 
 def encode(logits: Array, targets: Array) -> Array:

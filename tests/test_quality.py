@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from mlx_v4flash import load, quality, reference
 from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.cli import main
 from mlx_v4flash.errors import NumericsError
+from mlx_v4flash.passage import Passage
 from mlx_v4flash.quality_report import Report
-from mlx_v4flash.reference import Passage, Reference
+from mlx_v4flash.reference import Reference
 from mlx_v4flash.tiny import TINY, write_tiny
 
-SMALL = {**TINY, "num_hidden_layers": 2, "compress_ratios": [0, 4]}
-TOKENS, CONTEXT, CHUNK = 301, 140, 33
+SMALL = {**TINY, "num_hidden_layers": 1, "num_hash_layers": 0, "compress_ratios": [4]}
+TOKENS, CONTEXT, CHUNK = 211, 140, 45
 SIZES = ("--tokens", TOKENS, "--context", CONTEXT, "--prefill-chunk", CHUNK)
 
 
@@ -169,9 +172,9 @@ def test_interrupted_and_continued_is_identical(
     output = tmp_path / "found.json"
     args = ("quality", models[0], "--against", models[1], "--text", text, *SIZES, "--output", output)
     owner, name, calls = {
-        "reference": (Reference, "append", 6),
-        "half-a-block": (reference, "write_all", 9),
-        "scores": (quality.Journal, "finish", 6),
+        "reference": (Reference, "append", 5),
+        "half-a-block": (reference, "write_all", 3),
+        "scores": (quality.Journal, "finish", 5),
         "end": (quality, "write_file", 0),
     }[where]
     with monkeypatch.context() as patch:
@@ -192,7 +195,7 @@ def test_interrupted_and_continued_is_identical(
     chunks = len(Passage(TOKENS, CONTEXT, CHUNK).spans)
     # Both models once without an interruption; what was done is done again from the start of its context alone.
     assert (
-        forward[0] == {"reference": 2 * chunks - 5, "half-a-block": 2 * chunks, "scores": chunks - 5, "end": 0}[where]
+        forward[0] == {"reference": 2 * chunks - 4, "half-a-block": 2 * chunks, "scores": chunks - 4, "end": 0}[where]
     )
     assert json.loads(output.read_text()) == compared
     assert [p.name for p in tmp_path.iterdir()] == ["found.json"]
@@ -233,6 +236,26 @@ def test_references_that_do_not_fit_are_refused(models: tuple[Path, Path], text:
     assert "expected a file that quality --save-reference wrote" in refused(models[0], text, text)
 
 
+def test_a_full_disk_is_explained(
+    models: tuple[Path, Path], text: Path, compared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, real = [90_000], os.write
+
+    def write(file: int, data: Any) -> int:
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, data)
+
+    options = (*SIZES, "--save-reference", tmp_path / "kept", "--output", tmp_path / "found.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        assert "No space left on device\nhint: check the space" in refused(*models, text, *options)
+    assert compare(*models, text, *options) == compared
+    message = refused(*models, text, "--save-reference", tmp_path / "nowhere" / "kept")
+    assert "nowhere/kept.part: No such file or directory" in message
+
+
 def test_other_vocabularies_and_tokenizers_are_refused(models: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
     larger = write_tiny(tmp_path / "larger", {**SMALL, "vocab_size": 300})
     assert "expected a vocabulary of 272" in refused(larger, models[1], text)
@@ -241,7 +264,10 @@ def test_other_vocabularies_and_tokenizers_are_refused(models: tuple[Path, Path]
     vocab = values["model"]["vocab"]
     vocab["a"], vocab["s"] = vocab["s"], vocab["a"]
     (other / "tokenizer.json").write_text(json.dumps(values))
-    assert "the text or the tokenizer is another one" in refused(other, models[1], text, *SIZES)
+    output = tmp_path / "found.json"
+    message = refused(other, models[1], text, *SIZES, "--output", output)
+    assert "the text or the tokenizer is another one" in message
+    assert not list(tmp_path.glob("found*"))
 
 
 def test_another_model_does_not_continue_a_comparison(
@@ -299,7 +325,7 @@ def test_not_a_number_is_refused(
         return run
 
     monkeypatch.setattr(quality.Run, "load", load)
-    with pytest.raises(NumericsError, match="logits of tokens 0 to 32: expected finite values"):
+    with pytest.raises(NumericsError, match="logits of tokens 0 to 44: expected finite values"):
         quality.compare(
             *map(str, models), text, tokens=TOKENS, context=CONTEXT, prefill_chunk=CHUNK, progresses=silent, **LOADING
         )
