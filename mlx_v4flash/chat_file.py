@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,22 +45,25 @@ def save(chat: Chat, path: Path, sampled: dict[int, list[int]]) -> Path:
         "sampled": sampled,
         "tokens": held.tokens,
     }
-    path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+    path = _with_suffix(path)
     part = path.with_name(f".{path.name}.part.safetensors")
+    if os.path.exists(path) and not _is_ours(path):
+        raise RequestError(f"{path}: expected a new name, or a saved conversation to replace, found another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_prompt_cache(str(part), held.cache, {_KEY: json.dumps(values)})
         part.replace(path)  # an interrupted write leaves the old file
     except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
         raise RequestError(f"{path}: cannot be written: {e}") from e
+    finally:
+        with suppress(OSError):
+            part.unlink()
     return path
 
 
 def load(chat: Chat, path: Path) -> tuple[int, dict[int, list[int]]]:
     """Give a chat the conversation of a file; tokens in its caches, and what answers were generated as."""
-    if not path.is_file() and path.suffix != ".safetensors":
-        path = path.with_name(path.name + ".safetensors")
+    path = path if os.path.isfile(path) else _with_suffix(path)
     values, cache = _read(path)
     functions = {tool.name: tool.function for tool in chat.tools}
     tools = [Tool.of(definition) for definition in values["tools"]]
@@ -77,9 +82,23 @@ def fingerprint(model: Model) -> str:
     return known.hexdigest()
 
 
+def _with_suffix(path: Path) -> Path:
+    if not path.name:
+        raise RequestError(f"{path}: expected the name of a file, found a folder")
+    return path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        _, metadata = mx.load(str(path), return_metadata=True)  # arrays are not read before they are used
+    except (RuntimeError, ValueError):
+        return False
+    return any(str(key).endswith(_KEY) for key in metadata)
+
+
 def _read(path: Path) -> tuple[dict[str, Any], list[LayerCache]]:
     wrong = f"{path}: expected a conversation that was saved by this program"
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that is too long is none, too
         raise RequestError(f"{path}: expected a saved conversation, found no file")
     register()  # mlx-lm looks the class of our caches up by its name
     try:

@@ -262,6 +262,31 @@ def test_saved_chat_of_another_model(loaded: tuple[Model, Encoding], tmp_path: P
     assert other.load(path) == 0 and other.messages == chat.messages
 
 
+def test_a_chat_replaces_no_file_but_a_chat(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    chat = chat_of(loaded, ["one"], think="off")
+    text_of(chat.send("hello"))
+    mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.zeros(3)})
+    (tmp_path / "text.safetensors").write_text("text")
+    for name in ("weights", "text"):
+        with pytest.raises(RequestError, match="expected a new name, or a saved conversation to replace"):
+            chat.save(tmp_path / name)
+    assert list(mx.load(str(tmp_path / "weights.safetensors"))) == ["a"]
+    assert chat.save(chat.save(tmp_path / "talk")) == tmp_path / "talk.safetensors"
+
+
+def test_interrupted_save_leaves_nothing(
+    loaded: tuple[Model, Encoding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: str, *others: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_v4flash.chat_file.save_prompt_cache", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat_of(loaded).save(tmp_path / "talk")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\x02\0\0\0\0\0\0\0{}"])
 def test_not_a_saved_chat(loaded: tuple[Model, Encoding], tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "x.safetensors"
