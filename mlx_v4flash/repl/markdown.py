@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -21,6 +22,18 @@ _STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 # A terminal that knows these shows what lies between at once; others ignore them.
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
+
+
+class _Markdown(Markdown):
+    """Markdown that shows all it is given: tags, definitions of links and addresses of images are text."""
+
+    _reader = (
+        MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
+    )
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", code_theme="ansi_dark", hyperlinks=False)
+        self.markup, self.parsed = text, self._reader.parse(text)
 
 
 class StreamedMarkdown:
@@ -69,7 +82,7 @@ class StreamedMarkdown:
         if not block.strip():
             return []
         with self._console.capture() as capture:
-            self._console.print(Markdown(block, code_theme="ansi_dark", hyperlinks=False))
+            self._console.print(_Markdown(block))
         lines = [line.rstrip() for line in capture.get().split("\n")]
         shown = [n for n, line in enumerate(lines) if _STYLE.sub("", line).strip()]
         lines = lines[shown[0] : shown[-1] + 1] if shown else []
