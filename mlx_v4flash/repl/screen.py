@@ -49,7 +49,7 @@ class Screen:
         elif isinstance(event, Text):
             self._end_reasoning()
             if self._markdown is None:
-                self._write(clean(event.text))
+                self._write_as_it_is(event.text)
             else:
                 self._markdown.feed(event.text)
         elif isinstance(event, ToolCall):
@@ -142,6 +142,12 @@ class Screen:
             self.console.print(Styled(text, style=style), end="", soft_wrap=True)
             self.console.file.flush()
             self._line_open = not text.endswith("\n")
+
+    def _write_as_it_is(self, text: str) -> None:
+        """For a pipe or a file; rich would replace tabs."""
+        self.console.file.write(text)
+        self.console.file.flush()
+        self._line_open = not text.endswith("\n")
 
     def _end_line(self) -> None:
         if self._line_open:
