@@ -228,6 +228,10 @@ def test_input_that_is_no_text() -> None:
         PipedLines(io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8")).read("", str)
 
 
+def test_a_command_may_go_on_in_its_next_line(loaded: tuple[Model, Encoding]) -> None:
+    assert talk(loaded, '"""\n/system\nBe\nbrief.\n"""\n') == "system: Be\nbrief.\n"
+
+
 def test_stats_count_what_was_prefilled(loaded: tuple[Model, Encoding]) -> None:
     said = talk(loaded, "one\ntwo\n/stats\n", ["a"], ["b"], think="off")
     rows = [line.split() for line in said.splitlines()[-3:]]
@@ -297,6 +301,39 @@ def test_markdown_loses_no_text(text: str) -> None:
     shown.feed(text)
     shown.finish()
     assert terminal.text() == SHOWN[text]
+
+
+def test_tables_lose_no_text_in_a_narrow_window() -> None:
+    terminal = Terminal(24, 40)
+    shown = StreamedMarkdown(Console(file=terminal, width=24, height=40, force_terminal=True))  # type: ignore[arg-type]
+    shown.feed("| Name | Description | Price |\n| - | - | - |\n| Supercalifragilistic | expialidocious | 123456789 |\n")
+    shown.finish()
+    columns = ["".join(line[start : start + 8].strip() for line in terminal.lines) for start in (0, 8, 16)]
+    assert "…" not in terminal.text()
+    for text in ("Name", "Description", "Price", "Supercalifragilistic", "expialidocious", "123456789"):
+        assert any(text in column for column in columns), (text, terminal.text())
+
+
+def test_stats_lose_no_figures_in_a_narrow_window(loaded: tuple[Model, Encoding]) -> None:
+    said = screen_of(loaded, "x\n/stats\n", thought("", "y"), width=24).replace("\n", "")
+    assert "prefilled" in said and "generated" in said and "…" not in said
+
+
+def test_a_terminal_that_cannot_move_its_cursor(loaded: tuple[Model, Encoding]) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=True, _environ={"TERM": "dumb"})
+    chat = Chat(*loaded, sampling=Script(encoding=loaded[1], answers=[thought("a b", "- c\x1b\n\n**d**")]))
+    Repl(chat, PipedLines(io.StringIO("x\n")), Screen(console, hides_thinking=True)).run()
+    assert "\x1b" not in out.getvalue() and "- c␛\n\n**d**\n" in out.getvalue()
+
+
+def test_ctrl_c_ends_the_reading_of_a_pipe(loaded: tuple[Model, Encoding]) -> None:
+    class Interrupted(io.StringIO):
+        def readline(self, size: int = -1, /) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Repl(Chat(*loaded), PipedLines(Interrupted()), Screen(Console(file=io.StringIO()))).run()
 
 
 def words(text: str) -> list[str]:

@@ -27,13 +27,13 @@ def find(text: str) -> Callable[[Repl], None]:
     Raises:
         RequestError: there is none of this name.
     """
-    name, _, rest = text[1:].partition(" ")
-    if name.strip() not in COMMANDS:
+    name, rest = (*text[1:].split(maxsplit=1), "", "")[:2] if text[1:2].strip() else ("", "")
+    if name not in COMMANDS:
         raise RequestError(
             f"/{name}: expected one of {', '.join('/' + known for known in COMMANDS)}\n"
             "hint: a message that begins with a slash needs a space before it"
         )
-    return partial(COMMANDS[name.strip()][0], argument=rest.strip())
+    return partial(COMMANDS[name][0], argument=rest.strip())
 
 
 def help(repl: Repl, argument: str) -> None:

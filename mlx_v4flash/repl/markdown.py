@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from markdown_it import MarkdownIt
-from rich.console import Console
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, TableElement
+from rich.table import Table
 
 from ..terminal import clean
 
@@ -24,9 +26,21 @@ _STYLE = re.compile(r"\x1b\[[\d;]*m")
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 
 
+class _FoldedTable(TableElement):
+    """A table whose words are folded, not cut, where the window is narrow."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in super().__rich_console__(console, options):
+            if isinstance(part, Table):
+                for column in part.columns:
+                    column.overflow = "fold"
+            yield part
+
+
 class _Markdown(Markdown):
     """Markdown that shows all it is given: tags, definitions of links and addresses of images are text."""
 
+    elements: ClassVar = {**Markdown.elements, "table_open": _FoldedTable}
     _reader = (
         MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
     )
