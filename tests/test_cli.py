@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import mlx_v4flash
 from mlx_v4flash import Chat, SamplingParams, generate, load
 from mlx_v4flash.answer import Printer
 from mlx_v4flash.checkpoint import Checkpoint
@@ -253,6 +254,19 @@ def test_help_names_every_option() -> None:
         "--show-thinking",
     ):  # fmt: skip
         assert option in text
+
+
+def test_help_waits_for_no_import() -> None:
+    code = "import sys, mlx_v4flash.cli; print(*{'mlx_lm', 'transformers', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_names_of_the_package() -> None:
+    for name in mlx_v4flash.__all__:
+        assert getattr(mlx_v4flash, name).__name__ == name and name in dir(mlx_v4flash)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mlx_v4flash.nothing
 
 
 def test_default_is_the_tiny_config() -> None:
