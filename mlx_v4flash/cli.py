@@ -15,7 +15,7 @@ import click
 from metal_kernels import KernelError
 
 from . import __version__
-from .errors import V4FlashError
+from .errors import RequestError, V4FlashError
 from .options import PATH, chat_options, chosen_sampling, loading_options, model_options, sampling_options
 
 
@@ -55,7 +55,7 @@ def generate(prompt: str, **options: Any) -> None:
     from .answer import generate
 
     with _model(options.pop("model")) as folder:
-        reason = generate(folder, sys.stdin.read() if prompt == "-" else prompt, chosen_sampling(options), **options)
+        reason = generate(folder, _standard_input() if prompt == "-" else prompt, chosen_sampling(options), **options)
     if reason == "interrupted":
         sys.exit(130)
 
@@ -232,6 +232,13 @@ def _model(name: str | None) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         write_tiny(Path(folder))
         yield folder
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise RequestError(f"standard input: expected UTF-8, found {e}") from e
 
 
 def _numbers(text: str) -> list[int]:
