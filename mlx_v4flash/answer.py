@@ -13,9 +13,9 @@ from .encoding import Think
 from .errors import RequestError
 from .events import Event, Reasoning, Text, ToolCall
 from .run import Run
-from .sampling import SamplingParams
+from .sampling import SamplingParams, expect_limits
 from .terminal import clean
-from .tools import read_tools
+from .tools import read_tools, tools_of
 
 RAW_MAX_TOKENS = 256
 
@@ -43,8 +43,12 @@ def generate(
     Raises:
         RequestError: options of a chat for a text that is continued, an empty prompt, and what `Chat` raises.
     """
-    params = SamplingParams(**sampling)  # values are checked before minutes of loading
-    definitions = read_tools(tools) if tools else []
+    # What can be checked is checked before minutes of loading.
+    if not prompt:
+        raise RequestError("prompt: expected at least one token, found none\nhint: pass some text")
+    params = SamplingParams(**sampling)
+    expect_limits(max_tokens=max_tokens, think_budget=think_budget, prefill_chunk=prefill_chunk)
+    definitions = tools_of(read_tools(tools)) if tools else []
     run = Run.load(folder, **loading)
     shown = sys.stderr.isatty() if show_thinking is None else show_thinking
     out = Printer(as_json, shown)
@@ -61,8 +65,6 @@ def generate(
         ):
             out.show(Text(text))
     else:
-        if not prompt:
-            raise RequestError("prompt: expected at least one token, found none\nhint: pass some text")
         chat = run.chat(
             sampling, system=system, think=think, think_budget=think_budget, tools=definitions, release=release,
             max_tokens=max_tokens, prefill_chunk=prefill_chunk,

@@ -19,9 +19,10 @@ from .events import Event, Meter, ToolCall, ToolResult, Usage
 from .markup import DSML, EOS
 from .model import Model
 from .output_parser import OutputParser
-from .sampling import SamplingParams, ThinkBudget, card_defaults, default_max_tokens
+from .sampling import SamplingParams, ThinkBudget, card_defaults, default_max_tokens, expect_limits
 from .session import Progress, Session
-from .tools import Function, Tool, run_call
+from .tools import Function, Tool, calls_of, run_call, tools_of
+from .turns import read_messages, text_of
 
 Message = dict[str, Any]
 
@@ -80,12 +81,14 @@ class Chat:
         progress: Progress | None = None,
         warn: Callable[[str], object] = warnings.warn,
     ) -> None:
+        expect_limits(max_tokens=max_tokens, think_budget=think_budget, context=context, prefill_chunk=prefill_chunk)
         if not isinstance(tokenizer, Encoding):
             tokenizer = Encoding.from_folder(Path(tokenizer.name_or_path), release)
         self.model, self.encoding = model, tokenizer
         self.session = Session(model, prefill_chunk=prefill_chunk)
         self.system, self.progress = system, progress
-        self.tools = [tool if isinstance(tool, Tool) else Tool.of(tool) for tool in tools]
+        self.tools = tools_of(tools)
+        read_messages(messages, {})  # raises if one is none
         self.messages: list[Message] = [dict(message) for message in messages]
         self.sampling, self.max_tokens, self.think_budget = sampling, max_tokens, think_budget
         self.context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings)
@@ -140,6 +143,8 @@ class Chat:
         if call_id not in ids:
             raise RequestError(f"tool_result: expected an open call ({', '.join(ids) or 'there is none'}), "
                                f"found {call_id!r}")  # fmt: skip
+        if not isinstance(content, str):
+            raise RequestError(f"tool_result: expected text as content, found {content!r}\nhint: json.dumps")
         self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
 
     def open_calls(self) -> list[ToolCall]:
@@ -148,8 +153,7 @@ class Chat:
         done = set()
         for message in reversed(self.messages):
             if message["role"] == "assistant":
-                calls = [(call["id"], call["function"]) for call in message.get("tool_calls", ())]
-                return [ToolCall(i, f["name"], f["arguments"]) for i, f in calls if i not in done]
+                return [call for call in calls_of(message) if call.id not in done]
             done.add(message.get("tool_call_id"))
         return []
 
@@ -174,7 +178,7 @@ class Chat:
                     left -= 1
                     self.tool_result(call.id, result.content)
                     yield result
-                if last:
+                if last or self._stopped:
                     return
                 events = self.answer()
         except BaseException:  # Ctrl-C, or the loop was left: no call stays open
@@ -197,7 +201,7 @@ class Chat:
             RequestError: there is none.
         """
         n = self._last_user()
-        text = str(self.messages[n]["content"])
+        text = text_of(self.messages[n].get("content"), "content")
         self._cut(n)
         return text
 
@@ -304,8 +308,7 @@ class Chat:
         eos = self.encoding.vocabulary.id_of(EOS)
         room = self._room(prompt)
         wanted = default_max_tokens(self.think) if self.max_tokens is None else self.max_tokens
-        if wanted < 1:
-            raise RequestError(f"max_tokens: expected 1 or more, found {wanted}")
+        expect_limits(max_tokens=wanted)
         limit = min(wanted, room)
         tokens = self.session.stream(
             prompt, limit, sampler=self._sampler(parser), progress=self._progress(self.progress)

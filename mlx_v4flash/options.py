@@ -18,6 +18,16 @@ def model_options(command: Command) -> Command:
     options = [
         click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small random model."),
         click.option("--revision", help="Branch, tag or commit of the repository."),
+    ]
+    command = loading_options(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def loading_options(command: Command) -> Command:
+    """How a model computes."""
+    options = [
         click.option("--dtype", default="bfloat16", show_default=True, help="Of activations: bfloat16 or float32."),
         click.option("--cache-quant/--no-cache-quant", default=True, show_default=True,
                      help="The FP8 and FP4 rounding of cached rows that the model was trained with."),
@@ -52,7 +62,8 @@ def chat_options(command: Command) -> Command:
         click.option("--think", type=click.Choice(["off", "low", "high", "max"]), default="high", show_default=True,
                      help="How much the model thinks before it answers."),
         click.option("--think-budget", type=int, metavar="N", help="End the reasoning after N tokens."),
-        click.option("--release", help="v4-preview or v4-0731. Default: guessed from the checkpoint."),
+        click.option("--release", type=click.Choice(["v4-preview", "v4-0731"]),
+                     help="Default: guessed from the checkpoint."),
         click.option("--max-tokens", type=int, help="Stop after this many, reasoning included. Default: by --think: "
                      "8192 off, 131072 max, else 65536; 256 for raw text."),
         click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass."),

@@ -99,11 +99,12 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         ConvertError: there is none of this name, or the file holds something else.
     """
-    if name in RECIPES:
-        return RECIPES[name]
+    named = RECIPES | {NATIVE: AS_STORED}
+    if name in named:
+        return named[name]
     path = Path(name)
     if not path.is_file():
-        raise ConvertError(f"recipe: expected {', '.join(RECIPES)} or a TOML file, found {name!r}")
+        raise ConvertError(f"recipe: expected {', '.join(named)} or a TOML file, found {name!r}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

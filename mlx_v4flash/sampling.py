@@ -62,6 +62,20 @@ def default_max_tokens(think: str) -> int:
     return {"off": 8192, "max": 131072}.get(think, 65536)
 
 
+_LEAST = {"max_tokens": 1, "think_budget": 0, "context": 1, "prefill_chunk": 1}
+
+
+def expect_limits(**limits: int | None) -> None:
+    """Refuse limits that leave no room; None is none.
+
+    Raises:
+        RequestError: a limit below the least that makes sense.
+    """
+    for name, value in limits.items():
+        if value is not None and value < _LEAST[name]:
+            raise RequestError(f"{name}: expected {_LEAST[name]} or more, found {value}")
+
+
 class ThinkBudget:
     """A sampler that lets the model think for `limit` tokens, then draws the tokens that end the reasoning for it.
 
@@ -77,8 +91,7 @@ class ThinkBudget:
     def __init__(
         self, sampler: Callable[[mx.array], mx.array], limit: int, closing: Sequence[int], ends: Sequence[int]
     ) -> None:
-        if limit < 0:
-            raise RequestError(f"think_budget: expected 0 or more, found {limit}")
+        expect_limits(think_budget=limit)
         self._sampler, self._limit, self._closing, self._ends = sampler, limit, list(closing), list(ends)
         self._drawn = 0
         self._ended = mx.array(False)

@@ -17,6 +17,9 @@ from .events import ToolCall, ToolResult
 
 Function = Callable[..., Any]
 
+# Under these keys of a schema stand values, not schemas.
+_VALUES = ("const", "default", "enum", "examples")
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -51,7 +54,9 @@ class Tool:
             return cls({"type": "function", "function": dict(inner)})
         if not callable(given):
             raise RequestError(f"tools: expected functions or definitions, found {given!r}")
-        name = getattr(given, "__name__", type(given).__name__)
+        name = getattr(given, "__name__", "")
+        if not name.isidentifier():  # a lambda, a partial
+            raise RequestError(f"tools: expected a function with a name, found {given!r}\nhint: define one with def")
         if inspect.iscoroutinefunction(given):
             raise RequestError(f"tools: {name}: expected a plain function, found a coroutine\nhint: use asyncio.run")
         try:
@@ -59,6 +64,8 @@ class Tool:
             schema = TypeAdapter[Any](given).json_schema()  # type: ignore[arg-type]
         except (PydanticUserError, TypeError, NameError) as e:
             raise RequestError(f"tools: {name}: expected annotations that have a JSON schema, found {e}") from e
+        if schema.get("type") != "object":
+            raise RequestError(f"tools: {name}: expected parameters that can be named, found positional ones")
         described = {"name": name, "description": inspect.getdoc(given) or "", "parameters": _without_titles(schema)}
         return cls({"type": "function", "function": described}, checked)
 
@@ -77,6 +84,31 @@ class Tool:
         except Exception as e:  # the function is the user's and may raise anything
             return ToolResult(call.id, f"error: {type(e).__name__}: {e}", failed=True)
         return ToolResult(call.id, content)
+
+
+def tools_of(given: Sequence[Function | Mapping[str, Any] | Tool]) -> list[Tool]:
+    """Tools of one conversation.
+
+    Raises:
+        RequestError: two have the same name, or see `Tool.of`.
+    """
+    tools = [tool if isinstance(tool, Tool) else Tool.of(tool) for tool in given]
+    for n, tool in enumerate(tools):
+        if tool.name in [other.name for other in tools[:n]]:
+            raise RequestError(f"tools: expected different names, found {tool.name} twice")
+    return tools
+
+
+def calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
+    """Calls in a message of the assistant that can be answered, which takes an id."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        if call.get("id") is not None:
+            calls.append(ToolCall(call["id"], function["name"], text))
+    return calls
 
 
 def run_call(tools: Sequence[Tool], call: ToolCall) -> ToolResult:
@@ -105,10 +137,10 @@ def read_tools(file: Path) -> list[Tool]:
 
 
 def _without_titles(schema: Any) -> Any:
-    """A schema without the titles that pydantic derives from names; a property called title stays."""
+    """A schema without the titles that pydantic derives from names; a property called title stays, and so do values."""
     if isinstance(schema, list):
         return [_without_titles(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
     kept = {key: value for key, value in schema.items() if key != "title" or not isinstance(value, str)}
-    return {key: _without_titles(value) for key, value in kept.items()}
+    return {key: value if key in _VALUES else _without_titles(value) for key, value in kept.items()}

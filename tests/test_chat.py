@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from typing import Annotated, Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import save_prompt_cache
 from pydantic import BaseModel, Field
 from scripted import END, Script, thought
 
 from mlx_v4flash import Chat, load
 from mlx_v4flash.encoding import Encoding, shared_tokens
-from mlx_v4flash.errors import RequestError
+from mlx_v4flash.errors import RequestError, V4FlashError
 from mlx_v4flash.events import Event, Reasoning, Text, ToolCall, ToolResult, Usage
 from mlx_v4flash.model import Model
 from mlx_v4flash.sampling import SamplingParams, ThinkBudget, card_defaults
@@ -262,6 +264,75 @@ def test_saved_chat_of_another_model(loaded: tuple[Model, Encoding], tmp_path: P
     assert other.load(path) == 0 and other.messages == chat.messages
 
 
+def test_a_chat_replaces_no_file_but_a_chat(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    chat = chat_of(loaded, ["one"], think="off")
+    text_of(chat.send("hello"))
+    mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"a": mx.zeros(3)})
+    (tmp_path / "text.safetensors").write_text("text")
+    for name in ("weights", "text"):
+        with pytest.raises(RequestError, match="expected a new name, or a saved conversation to replace"):
+            chat.save(tmp_path / name)
+    assert list(mx.load(str(tmp_path / "weights.safetensors"))) == ["a"]
+    assert chat.save(chat.save(tmp_path / "talk")) == tmp_path / "talk.safetensors"
+
+
+def test_interrupted_save_leaves_nothing(
+    loaded: tuple[Model, Encoding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: str, *others: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_v4flash.chat_file.save_prompt_cache", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat_of(loaded).save(tmp_path / "talk")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_of_another_model_are_not_taken_over(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    chat = chat_of(loaded, ["one"], think="off")
+    text_of(chat.send("hello"))
+    path = chat.save(tmp_path / "talk")
+    # The same text is other tokens there.
+    file = tmp_path / "tokenizer.json"
+    content = json.loads((Path(loaded[1].vocabulary.where)).read_text())
+    vocab, size = content["model"]["vocab"], 7 + 256
+    content["model"]["vocab"] = {text: size + 6 - i if 7 <= i < size else i for text, i in vocab.items()}
+    file.write_text(json.dumps(content))
+    model, _ = load(write_tiny(tmp_path / "m", seed=1, layers=(1, 2)), dtype="float32")
+    other = Chat(model, Encoding.from_folder(tmp_path), system="S")
+    other.load(path)
+    assert other.encoding.vocabulary.decode(other.prompt()) == loaded[1].vocabulary.decode(chat.prompt())
+
+
+DAMAGE: dict[str, Any] = {
+    "tools": None, "messages": [{"content": "x"}], "think": "hard", "sampled": [1], "tokens": "abc", "system": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", DAMAGE)
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "wrong"])
+def test_damaged_chat_changes_nothing(
+    loaded: tuple[Model, Encoding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, missing: bool
+) -> None:
+    chat = chat_of(loaded, ["one"], think="off", tools=[WEATHER], system="S")
+    text_of(chat.send("hello"))
+
+    def damaged(file: str, cache: Any, metadata: dict[str, str]) -> None:
+        values = {k: json.loads(v) for k, v in metadata.items()}
+        for value in values.values():
+            del value[key]
+            value.update({} if missing else {key: DAMAGE[key]})
+        save_prompt_cache(file, cache, {k: json.dumps(v) for k, v in values.items()})
+
+    monkeypatch.setattr("mlx_v4flash.chat_file.save_prompt_cache", damaged)
+    path = chat.save(tmp_path / "talk")
+    before = (chat.system, chat.think, list(chat.tools), list(chat.messages), chat.prompt())
+    with pytest.raises(V4FlashError):
+        chat.load(path)
+    assert (chat.system, chat.think, chat.tools, chat.messages, chat.prompt()) == before
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\x02\0\0\0\0\0\0\0{}"])
 def test_not_a_saved_chat(loaded: tuple[Model, Encoding], tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "x.safetensors"
@@ -317,10 +388,29 @@ def test_functions_are_described_and_run() -> None:
     assert run(fail, '{"p": {"x": 2}}') == ToolResult("1", "error: OSError: no disk at 2.0", failed=True)
 
 
+def options(given: dict[str, Any] = {"title": "kept"}, title: str = "x") -> None: ...  # noqa: B006
+
+
+def test_values_in_descriptions_stay() -> None:
+    assert Tool.of(options).definition["function"]["parameters"]["properties"] == {
+        "given": {"additionalProperties": True, "default": {"title": "kept"}, "type": "object"},
+        "title": {"default": "x", "type": "string"},
+    }
+
+
 def test_tools_that_cannot_be_described() -> None:
     async def later() -> None: ...
 
-    for wrong, message in ((3, "functions or definitions"), ({"a": 1}, "with a name"), (later, "found a coroutine")):
+    def placed(a: int, /) -> None: ...
+
+    for wrong, message in (
+        (3, "functions or definitions"),
+        ({"a": 1}, "with a name"),
+        (later, "found a coroutine"),
+        (lambda a: a, "expected a function with a name"),
+        (functools.partial(add, 1), "expected a function with a name"),
+        (placed, "placed: expected parameters that can be named"),
+    ):
         with pytest.raises(RequestError, match=message):
             Tool.of(wrong)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="draw: expected annotations that have a JSON schema"):
@@ -360,6 +450,66 @@ def test_run_ends_at_its_limit(loaded: tuple[Model, Encoding]) -> None:
     results = [e.content for e in chat.run("x", max_calls=2) if isinstance(e, ToolResult)]
     assert results[:2] == ["2", "3"] and len(results) == 3 and "no more calls" in results[2]
     assert chat.open_calls() == []
+
+
+def test_stop_within_a_function_ends_the_run(loaded: tuple[Model, Encoding]) -> None:
+    def wait() -> str:
+        chat.stop()
+        return "done"
+
+    answers = (thought("", "", ("wait", {}), ("wait", {})), thought("", "not asked for"))
+    chat = chat_of(loaded, *answers, tools=[wait])
+    results = [e.content for e in chat.run("go") if isinstance(e, ToolResult)]
+    assert results == ["done", "error: interrupted"] and chat.messages[-1]["role"] == "tool"
+    assert text_of(chat.answer()) == "not asked for"
+
+
+@pytest.mark.parametrize("content", [5, None, b"x", [{"text": "x"}]])
+def test_results_that_are_no_text(loaded: tuple[Model, Encoding], content: Any) -> None:
+    chat = chat_of(loaded, thought("", "", ("weather", {})), thought("", "fine"), tools=[WEATHER])
+    (call,) = [e for e in chat.send("x") if isinstance(e, ToolCall)]
+    with pytest.raises(RequestError, match="tool_result: expected text as content, found"):
+        chat.tool_result(call.id, content)
+    chat.tool_result(call.id, "5")
+    assert text_of(chat.answer()) == "fine"
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ({"content": "x"}, r"messages\[0\]: expected a message with a role"),
+        ("x", r"messages\[0\]: expected a message with a role"),
+        ({"role": "user", "content": 5}, r"messages\[0\].content: expected text"),
+        ({"role": "assistant", "tool_calls": [{}]}, r"messages\[0\].tool_calls\[0\]: expected a function"),
+    ],
+)
+def test_messages_that_are_none(loaded: tuple[Model, Encoding], message: Any, wrong: str) -> None:
+    with pytest.raises(V4FlashError, match=wrong):
+        chat_of(loaded, messages=[message])
+
+
+def test_messages_of_other_programs(loaded: tuple[Model, Encoding]) -> None:
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    chat = chat_of(loaded, messages=[{"role": "assistant", "tool_calls": [{"id": "a", "function": call}]}])
+    assert chat.open_calls() == [ToolCall("a", "weather", '{"city": "Rome"}')]
+    chat = chat_of(loaded, messages=[{"role": "assistant", "tool_calls": [call]}])  # nothing could answer it by its id
+    assert chat.open_calls() == []
+    chat = chat_of(loaded, messages=[{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}])
+    assert chat.undo() == "a\n\nb" and chat.messages == []
+
+
+@pytest.mark.parametrize("name", ["context", "max_tokens", "prefill_chunk", "think_budget"])
+def test_limits_are_checked_at_once(loaded: tuple[Model, Encoding], name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name}: expected [01] or more, found -3"):
+        chat_of(loaded, **{name: -3})
+    if name != "think_budget":
+        with pytest.raises(RequestError, match=f"^{name}: expected 1 or more, found 0"):
+            chat_of(loaded, **{name: 0})
+
+
+def test_two_tools_of_one_name(loaded: tuple[Model, Encoding]) -> None:
+    with pytest.raises(RequestError, match="tools: expected different names, found add twice"):
+        chat_of(loaded, tools=[add, {"name": "add"}])
 
 
 def test_calls_of_definitions_are_the_callers(loaded: tuple[Model, Encoding]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import mlx_v4flash
 from mlx_v4flash import Chat, SamplingParams, generate, load
 from mlx_v4flash.answer import Printer
 from mlx_v4flash.checkpoint import Checkpoint
@@ -98,7 +99,6 @@ def test_release_changes_the_prompt(folder: Path) -> None:
         for r in ("v4-preview", "v4-0731")
     ]
     assert lengths[1]["prompt_tokens"] - lengths[0]["prompt_tokens"] == 476  # bytes of the effort text of the latter
-    assert "expected v4-preview or v4-0731, found" in run("generate", "x", "--model", folder, "--release", "9").stderr
 
 
 def test_default_model_works_offline_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +158,9 @@ def test_numerics_are_options(folder: Path, dtype: str) -> None:
         (("generate", ""), "error: prompt: expected at least one token, found none"),
         (("generate", "x", "--temp", "-1"), "error: temp: expected 0 or more, found -1.0"),
         (("generate", "x", "--max-tokens", "0"), "error: max_tokens: expected 1 or more, found 0"),
+        (("generate", "x", "--prefill-chunk", "0"), "error: prefill_chunk: expected 1 or more, found 0"),
+        (("generate", "x", "--think-budget", "-1"), "error: think_budget: expected 0 or more, found -1"),
+        (("chat", "--context", "0"), "error: context: expected 1 or more, found 0"),
         (("generate", "x", "--model", "/no/such/folder"), "error: /no/such/folder: "),
         (("generate", "x", "--dtype", "float16"), "error: dtype: expected bfloat16 or float32"),
         (("bench", "--frontiers", "0"), "error: frontiers: expected context lengths from 1"),
@@ -172,7 +175,30 @@ def test_errors_are_told_without_a_traceback(args: tuple[str, ...], message: str
     assert result.stdout == "" and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("args", [("generate",), ("generate", "x", "--bogus"), ("bench", "--frontiers", "a,b")])
+@pytest.mark.parametrize(
+    "args",
+    [("generate", ""), ("generate", "x", "--max-tokens", "0"), ("chat", "--context", "-1"), ("chat", "--top-p", 2)],
+)
+def test_options_are_checked_before_the_model_is_loaded(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_v4flash.run.load", lambda *_, **__: pytest.fail("loaded"))
+    result = run(*args)
+    assert result.exit_code == 1 and "error: " in result.stderr
+
+
+def test_standard_input_that_is_no_text(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["generate", "-", "--model", str(folder)], input=b"a\xff")
+    assert result.exit_code == 1 and "error: standard input: expected UTF-8, found" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("generate", "x", "--release", "v5"),
+        ("generate",),
+        ("generate", "x", "--bogus"),
+        ("bench", "--frontiers", "a,b"),
+    ],
+)
 def test_wrong_usage_exits_with_2(args: tuple[str, ...]) -> None:
     assert run(*args).exit_code == 2
 
@@ -228,6 +254,19 @@ def test_help_names_every_option() -> None:
         "--show-thinking",
     ):  # fmt: skip
         assert option in text
+
+
+def test_help_waits_for_no_import() -> None:
+    code = "import sys, mlx_v4flash.cli; print(*{'mlx_lm', 'transformers', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_names_of_the_package() -> None:
+    for name in mlx_v4flash.__all__:
+        assert getattr(mlx_v4flash, name).__name__ == name and name in dir(mlx_v4flash)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mlx_v4flash.nothing
 
 
 def test_default_is_the_tiny_config() -> None:

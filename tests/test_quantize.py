@@ -39,8 +39,6 @@ def test_layout_is_that_of_mlx(format: Format) -> None:
     np.testing.assert_allclose(np.array(decode(arrays, format)), meant, rtol=1e-6, atol=1e-6)
     found = len(np.unique(np.array(numbers)))
     assert found == {2: 4, 3: 8, 4: 16 if format.mode == "affine" else 15}.get(format.bits, found)
-        format.bits, len(np.unique(np.array(numbers)))
-    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

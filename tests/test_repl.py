@@ -24,6 +24,7 @@ from scripted import Script, thought
 
 from mlx_v4flash import Chat, load
 from mlx_v4flash.encoding import Encoding
+from mlx_v4flash.errors import RequestError
 from mlx_v4flash.model import Model
 from mlx_v4flash.repl.commands import COMMANDS
 from mlx_v4flash.repl.lines import PipedLines, TypedLines, history_file
@@ -182,6 +183,55 @@ def test_commands(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("command", ["/read", "/save", "/load"])
+@pytest.mark.parametrize("name", [".", "/", "~nobody-of-this-name/x", "a" * 5000])
+def test_names_that_no_file_has(loaded: tuple[Model, Encoding], command: str, name: str) -> None:
+    said = talk(loaded, f"{command} {name}\nx\n", ["still there"], think="off")
+    assert said.startswith("error: ") and said.endswith("\nstill there\n")
+
+
+def test_files_that_cannot_be_read(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\x7fELF\xff\xfe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**40)
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {
+        "binary": "can't decode byte 0xff",
+        "huge": "1,099,511,627,776 bytes",
+        "pipe": "no regular file",
+        ".": "no regular file",
+    }.items():
+        said = talk(loaded, f"/read {tmp_path / name}\n/ctx\n")
+        assert said.startswith(f"error: {tmp_path / name}: expected a text file") and reason in said
+        assert "0 messages" in said
+
+
+def test_byte_order_mark_is_not_text(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert talk(loaded, f"/read {tmp_path / 'windows.txt'}\n").startswith("windows.txt: 3 tokens\n")
+
+
+def test_text_for_a_pipe_is_as_the_model_wrote_it(loaded: tuple[Model, Encoding]) -> None:
+    makefile = "all:\n\tcc  -o x\t\tx.c  \n" + "long " * 50 + "\n\n:smile: [bold]\r\n\x1b[0m\n"
+    assert talk(loaded, "x\n", [makefile], think="off") == makefile
+
+
+def test_the_end_of_the_input_ends_a_message_of_several_lines(loaded: tuple[Model, Encoding]) -> None:
+    lines = PipedLines(io.StringIO('"""\ntwo\nlines\n'))
+    assert lines.read("", str) == "two\nlines"
+    with pytest.raises(EOFError):
+        lines.read("", str)
+
+
+def test_input_that_is_no_text() -> None:
+    with pytest.raises(RequestError, match=r"standard input: expected UTF-8, found .*0xff"):
+        PipedLines(io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8")).read("", str)
+
+
+def test_a_command_may_go_on_in_its_next_line(loaded: tuple[Model, Encoding]) -> None:
+    assert talk(loaded, '"""\n/system\nBe\nbrief.\n"""\n') == "system: Be\nbrief.\n"
+
+
 def test_stats_count_what_was_prefilled(loaded: tuple[Model, Encoding]) -> None:
     said = talk(loaded, "one\ntwo\n/stats\n", ["a"], ["b"], think="off")
     rows = [line.split() for line in said.splitlines()[-3:]]
@@ -213,6 +263,15 @@ TEXTS = {
     "nothing": "\n\n",
 }
 
+# What Markdown would not show.
+SHOWN = {
+    "a vector<int> b<br>c": "a vector<int> b<br>c",
+    "<details>\nhidden\n</details>\n\n<!-- note -->": "<details> hidden </details>\n\n<!-- note -->",
+    "[1]: http://a.b": "[1]: http://a.b",
+    "![plot](a.png) here": "!plot (a.png) here",
+    "| a |\n| - |\n| <b>x</b> |": " a\n ────────\n <b>x</b>",
+}
+
 
 @pytest.mark.parametrize("step", [1, 3, 50])
 @pytest.mark.parametrize("name", TEXTS)
@@ -233,6 +292,48 @@ def test_streamed_markdown_ends_as_if_drawn_at_once(name: str, step: int) -> Non
     plain = re.sub(r"\x1b\[[\d;]*m", "", capture.get())
     found = drawn([text[n : n + step] for n in range(0, len(text), step)])
     assert words(found) == words(plain)
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_markdown_loses_no_text(text: str) -> None:
+    terminal = Terminal(40, 12)
+    shown = StreamedMarkdown(Console(file=terminal, width=40, height=12, force_terminal=True))  # type: ignore[arg-type]
+    shown.feed(text)
+    shown.finish()
+    assert terminal.text() == SHOWN[text]
+
+
+def test_tables_lose_no_text_in_a_narrow_window() -> None:
+    terminal = Terminal(24, 40)
+    shown = StreamedMarkdown(Console(file=terminal, width=24, height=40, force_terminal=True))  # type: ignore[arg-type]
+    shown.feed("| Name | Description | Price |\n| - | - | - |\n| Supercalifragilistic | expialidocious | 123456789 |\n")
+    shown.finish()
+    columns = ["".join(line[start : start + 8].strip() for line in terminal.lines) for start in (0, 8, 16)]
+    assert "…" not in terminal.text()
+    for text in ("Name", "Description", "Price", "Supercalifragilistic", "expialidocious", "123456789"):
+        assert any(text in column for column in columns), (text, terminal.text())
+
+
+def test_stats_lose_no_figures_in_a_narrow_window(loaded: tuple[Model, Encoding]) -> None:
+    said = screen_of(loaded, "x\n/stats\n", thought("", "y"), width=24).replace("\n", "")
+    assert "prefilled" in said and "generated" in said and "…" not in said
+
+
+def test_a_terminal_that_cannot_move_its_cursor(loaded: tuple[Model, Encoding]) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=40, force_terminal=True, _environ={"TERM": "dumb"})
+    chat = Chat(*loaded, sampling=Script(encoding=loaded[1], answers=[thought("a b", "- c\x1b\n\n**d**")]))
+    Repl(chat, PipedLines(io.StringIO("x\n")), Screen(console, hides_thinking=True)).run()
+    assert "\x1b" not in out.getvalue() and "- c␛\n\n**d**\n" in out.getvalue()
+
+
+def test_ctrl_c_ends_the_reading_of_a_pipe(loaded: tuple[Model, Encoding]) -> None:
+    class Interrupted(io.StringIO):
+        def readline(self, size: int = -1, /) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Repl(Chat(*loaded), PipedLines(Interrupted()), Screen(Console(file=io.StringIO()))).run()
 
 
 def words(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..run import Run
-from ..sampling import SamplingParams
+from ..sampling import SamplingParams, expect_limits
 from .commands import COMMANDS
 from .lines import PipedLines, TypedLines, history_file
 from .loop import Repl
@@ -33,6 +33,7 @@ def chat(
 ) -> None:
     """Load a model and talk until the user leaves."""
     SamplingParams(**sampling)  # values are checked before minutes of loading
+    expect_limits(max_tokens=max_tokens, think_budget=think_budget, prefill_chunk=prefill_chunk, context=context)
     run = Run.load(folder, **loading)
     conversation = run.chat(
         sampling, system=system, think=think, think_budget=think_budget, release=release, max_tokens=max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 _DRAFT_LENGTH = 4000
 
+# Of a file for `/read`. A token stands for some four bytes, and the context ends at a million tokens.
+_MOST_BYTES = 64 * 1024**2
+
 
 def find(text: str) -> Callable[[Repl], None]:
     """The command of a line, with what follows it.
@@ -23,13 +27,13 @@ def find(text: str) -> Callable[[Repl], None]:
     Raises:
         RequestError: there is none of this name.
     """
-    name, _, rest = text[1:].partition(" ")
-    if name.strip() not in COMMANDS:
+    name, rest = (*text[1:].split(maxsplit=1), "", "")[:2] if text[1:2].strip() else ("", "")
+    if name not in COMMANDS:
         raise RequestError(
             f"/{name}: expected one of {', '.join('/' + known for known in COMMANDS)}\n"
             "hint: a message that begins with a slash needs a space before it"
         )
-    return partial(COMMANDS[name.strip()][0], argument=rest.strip())
+    return partial(COMMANDS[name][0], argument=rest.strip())
 
 
 def help(repl: Repl, argument: str) -> None:
@@ -66,10 +70,7 @@ def system(repl: Repl, argument: str) -> None:
 def read(repl: Repl, argument: str) -> None:
     """Read a text file into the conversation; then ask about it"""
     file = _path("/read", argument)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise RequestError(f"{file}: expected a text file, found {e}") from e
+    text = _text_of(file)
     repl.screen.note(f"{file.name}: {len(repl.chat.encoding.vocabulary.encode([text])):,} tokens")
     message = f"[file name]: {file.name}\n[file content begin]\n{text}\n[file content end]"
     before = len(repl.chat.messages)
@@ -149,7 +150,23 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 def _path(command: str, argument: str) -> Path:
     if not argument:
         raise RequestError(f"{command}: expected the name of a file, found none")
-    return Path(argument.strip("'\"")).expanduser()
+    try:
+        return Path(argument.strip("'\"")).expanduser()
+    except RuntimeError as e:  # ~ of a user there is not
+        raise RequestError(f"{command}: expected the name of a file, found {argument}: {e}") from e
+
+
+def _text_of(file: Path) -> str:
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RequestError(f"{file}: expected a text file, found no regular file")
+        if status.st_size > _MOST_BYTES:
+            raise RequestError(f"{file}: expected a text file of at most {_MOST_BYTES:,} bytes, which is more than "
+                               f"any context holds, found {status.st_size:,} bytes")  # fmt: skip
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise RequestError(f"{file}: expected a text file, found {e}") from e
 
 
 def _tell_change(repl: Repl, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -14,6 +15,7 @@ from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
+from ..errors import RequestError
 from ..terminal import clean
 
 FENCE = '"""'
@@ -83,12 +85,16 @@ class PipedLines:
         if line.strip() != FENCE:
             return line
         lines = []
-        while (line := self._line()).strip() != FENCE:
-            lines.append(line)
+        with suppress(EOFError):  # ends the message, too
+            while (line := self._line()).strip() != FENCE:
+                lines.append(line)
         return "\n".join(lines)
 
     def _line(self) -> str:
-        line = self._stream.readline()
+        try:
+            line = self._stream.readline()
+        except UnicodeDecodeError as e:
+            raise RequestError(f"standard input: expected UTF-8, found {e}") from e
         if not line:
             raise EOFError
         return line.rstrip("\r\n")

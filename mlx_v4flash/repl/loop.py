@@ -40,6 +40,8 @@ class Repl:
             except EOFError:
                 return
             except KeyboardInterrupt:
+                if not self.lines.interactive:
+                    raise
                 self.draft = ""
                 continue
             self.draft = ""

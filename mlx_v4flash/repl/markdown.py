@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
-from rich.console import Console
-from rich.markdown import Markdown
+from markdown_it import MarkdownIt
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, TableElement
+from rich.table import Table
 
 from ..terminal import clean
 
@@ -21,6 +24,30 @@ _STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 # A terminal that knows these shows what lies between at once; others ignore them.
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
+
+
+class _FoldedTable(TableElement):
+    """A table whose words are folded, not cut, where the window is narrow."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in super().__rich_console__(console, options):
+            if isinstance(part, Table):
+                for column in part.columns:
+                    column.overflow = "fold"
+            yield part
+
+
+class _Markdown(Markdown):
+    """Markdown that shows all it is given: tags, definitions of links and addresses of images are text."""
+
+    elements: ClassVar = {**Markdown.elements, "table_open": _FoldedTable}
+    _reader = (
+        MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
+    )
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", code_theme="ansi_dark", hyperlinks=False)
+        self.markup, self.parsed = text, self._reader.parse(text)
 
 
 class StreamedMarkdown:
@@ -69,7 +96,7 @@ class StreamedMarkdown:
         if not block.strip():
             return []
         with self._console.capture() as capture:
-            self._console.print(Markdown(block, code_theme="ansi_dark", hyperlinks=False))
+            self._console.print(_Markdown(block))
         lines = [line.rstrip() for line in capture.get().split("\n")]
         shown = [n for n, line in enumerate(lines) if _STYLE.sub("", line).strip()]
         lines = lines[shown[0] : shown[-1] + 1] if shown else []

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text as Styled
 
 from ..events import Event, Reasoning, Text, ToolCall, Usage
@@ -30,6 +29,7 @@ class Screen:
 
     def __init__(self, console: Console, *, hides_thinking: bool = False) -> None:
         self.console, self.hides_thinking = console, hides_thinking
+        self._moves_cursor = console.is_terminal and not console.is_dumb_terminal
         self.thoughts = ""
         self._markdown: StreamedMarkdown | None = None
         self._doing = ""
@@ -40,7 +40,7 @@ class Screen:
         """An answer follows."""
         self.thoughts, self._doing, self._pieces = "", "", 0
         self._line_open = False
-        self._markdown = StreamedMarkdown(self.console) if self.console.is_terminal else None
+        self._markdown = StreamedMarkdown(self.console) if self._moves_cursor else None
 
     def show(self, event: Event) -> None:
         """A piece of the answer."""
@@ -48,8 +48,10 @@ class Screen:
             self._reason(clean(event.text))
         elif isinstance(event, Text):
             self._end_reasoning()
-            if self._markdown is None:
+            if self.console.is_dumb_terminal:
                 self._write(clean(event.text))
+            elif self._markdown is None:
+                self._write_as_it_is(event.text)
             else:
                 self._markdown.feed(event.text)
         elif isinstance(event, ToolCall):
@@ -69,12 +71,11 @@ class Screen:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Right-aligned columns."""
-        shown = Table(*columns, box=None, pad_edge=False, header_style="bold")
-        for column in shown.columns:
-            column.justify = "right"
-        for row in rows:
-            shown.add_row(*map(clean, row))
-        self.console.print(shown)
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        for n, row in enumerate((columns, *rows)):
+            line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            # rich's own table would leave out figures where the window is narrow.
+            self.console.print(Styled(clean(line), style="" if n else "bold"), soft_wrap=True)
 
     def show_thoughts(self) -> None:
         """The reasoning of the last answer, if there was any."""
@@ -104,7 +105,7 @@ class Screen:
             if not self.console.is_terminal and self._pieces == 1:
                 self._write("[thinking] ")
             self._write(text, "dim italic")
-        elif self.console.is_terminal and self._pieces % 8 == 1:
+        elif self._moves_cursor and self._pieces % 8 == 1:
             self.console.file.write("\r\x1b[K")
             self.console.print(Styled(f"thinking, {len(self.thoughts.split()):,} words", style="dim italic"), end="")
             self.console.file.flush()
@@ -116,7 +117,7 @@ class Screen:
         if not self.hides_thinking:
             self._write("\n\n" if not self.thoughts.endswith("\n") else "\n")
         elif self.console.is_terminal:
-            self.console.file.write("\r\x1b[K")
+            self.console.file.write("\r\x1b[K" if self._moves_cursor else "")
             self.note(f"(thought in {len(self.thoughts.split()):,} words, /think show)")
         self._line_open = False
 
@@ -142,6 +143,12 @@ class Screen:
             self.console.print(Styled(text, style=style), end="", soft_wrap=True)
             self.console.file.flush()
             self._line_open = not text.endswith("\n")
+
+    def _write_as_it_is(self, text: str) -> None:
+        """For a pipe or a file; rich would replace tabs."""
+        self.console.file.write(text)
+        self.console.file.flush()
+        self._line_open = not text.endswith("\n")
 
     def _end_line(self) -> None:
         if self._line_open:

@@ -197,7 +197,8 @@ class Prelude:
 
 @cache
 def prelude(dialect: str, with_mlx: bool) -> Prelude:
-    name = f"prelude-{dialect}-{'mlx' if with_mlx else 'bare'}-{_hash(_tools())}"
+    # It includes the shim of this checkout, so one that another made must not be taken for it.
+    name = f"prelude-{dialect}-{'mlx' if with_mlx else 'bare'}-{_hash(_tools(), str(HERE))}"
     header, macros, files = (cache_folder() / f"{name}.{end}" for end in ("h", "macros", "json"))
     if not files.exists():
         names: list[str] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import compiler
@@ -324,3 +326,13 @@ def test_a_kernel_is_compiled_once(no_programs: None, monkeypatch: pytest.Monkey
 
 def test_cache_is_outside_of_the_checkout() -> None:
     assert not compiler.cache_folder().is_relative_to(compiler.HERE.parents[1])
+
+
+def test_every_checkout_includes_its_own_shim(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
+    for checkout in (compiler.HERE, tmp_path / "copy"):
+        if checkout != compiler.HERE:
+            shutil.copytree(compiler.HERE, checkout)
+            monkeypatch.setattr(compiler, "HERE", checkout)
+        made = compiler.prelude.__wrapped__(compiler.STRICT, False)
+        assert str(checkout) in made.header.read_text().splitlines()[0]
