@@ -83,15 +83,16 @@ class Calibrated(Rounding):
         number = int(unit.rpartition(".")[2])
         layer = self._layer(number)
         self._fill(layer, number, arrays, self.stored)
-        done: Arrays = {}
-        for part in ("attn", "ffn"):  # experts answer for the errors of attention, too
+        done = {path: array for path, array in arrays.items() if path.split(".")[2] not in ("attn", "ffn")}
+        for part in ("attn", "ffn"):  # the shared expert answers for the errors of attention, too
             mine = {path: array for path, array in arrays.items() if path.split(".")[2] == part}
-            with self._observed(layer, number, [m for m in by_module(mine) if m in self.formats]) as inputs:
+            rounded = [m for m in by_module(mine) if m in self.formats and self.formats[m].mode != "plain"]
+            with self._observed(layer, number, rounded) as inputs:
                 for h, _ in self._attended(layer, number) if inputs else ():
                     mx.eval(layer.ffn.shared_experts(h[0]))
             done |= self.changed(mine, {module: gram.feedback() for module, gram in inputs.items()})
             self._fill(layer, number, done, self.stored | self.formats)
-        return {path: done.get(path, array) for path, array in arrays.items()} | done
+        return done
 
     @contextmanager
     def _observed(self, layer: Layer, number: int, modules: list[str]) -> Iterator[dict[str, Gram]]:

@@ -152,6 +152,8 @@ def convert(
         return
     with bar("converting", "bytes") as progress:
         rounding = Rounding(opened.checkpoint.config, wanted)
+        if calibrate is not None and not rounding.formats:
+            raise click.UsageError("--calibrate: expected a --recipe that changes a format, too")
         if calibrate is not None:
             ids = read_text(opened, calibrate, calibrate_tokens)
             rounding = Calibrated(opened, target, wanted, ids)

@@ -34,7 +34,7 @@ SMALL = {
     "num_experts_per_tok": 2, "num_attention_heads": 2,
 }  # fmt: skip
 THREE = Recipe("three", classes={kind: "affine3-g64" for kind in CLASSES if kind != "embedding"})
-FEW = Recipe("few", classes={"routed_w2": "affine2-g128", "attention_q": "mxfp4", "head": "affine4-g128"})
+FEW = Recipe("few", classes={"routed_w2": "affine2-g128", "attention_q": "mxfp4", "shared": "bf16"})
 # Letters by chance: a random model has no use for words, and the same ones again would say nothing new.
 TEXT = "".join(random.Random(0).choices(string.ascii_letters + string.digits, k=1400))
 TOKENS = 1200
@@ -163,6 +163,11 @@ def test_experts_seen_too_rarely_are_rounded_plainly_and_counted(source: Path, t
         main, ["convert", str(source), str(tmp_path / "u"), "--recipe", "128gb", "--calibrate", str(text)]
     )
     assert run.exit_code == 0 and f"{sum(rare.values())} of 8 experts" in run.stderr, run.stderr
+
+
+def test_calibration_without_a_recipe_is_refused(source: Path, text: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "t"), "--calibrate", str(text)])
+    assert run.exit_code == 2 and "expected a --recipe" in run.stderr
 
 
 def test_texts_that_say_nothing_are_refused(source: Path, tmp_path: Path) -> None:
