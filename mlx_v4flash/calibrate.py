@@ -25,7 +25,7 @@ from .journal import write_file
 from .linear import Numerics, Observed
 from .loading import load_tokenizer
 from .model import Layer, Model
-from .quantize import decode
+from .quantize import decode, requantize
 from .recipe import Recipe
 from .rounding import STATE, Arrays, Rounding, by_module
 from .routed_tokens import RARE, Back, Gram, RoutedTokens
@@ -142,14 +142,25 @@ class Calibrated(Rounding):
         for matrices in (("w1", "w3"), ("w2",)):
             mine = {path: array for path, array in arrays.items() if path.split(".")[0] in matrices}
             if tokens.count >= RARE and any(f"{module}.{m}" in self.formats for m in matrices):
-                U = tokens.inputs(known).feedback()
-                done |= self.changed(mine, {f"{module}.{m}": U for m in matrices}, f"{module}.")
+                done |= self._together(module, matrices, mine, tokens.inputs(known).feedback())
             else:
                 done |= super().expert(module, number, mine)
             formats = self.stored | self.formats
             known |= {m: decode(by_module(done)[m], formats[f"{module}.{m}"]) for m in matrices}
         tokens.finish(known)
         return done
+
+    def _together(self, module: str, matrices: tuple[str, ...], arrays: Arrays, feedback: mx.array) -> Arrays:
+        """Matrices with one input and one format, as if their rows were those of one."""
+        parts = by_module(arrays)
+        rows = {name: mx.concatenate([parts[m][name] for m in matrices]) for name in parts[matrices[0]]}
+        path = f"{module}.{matrices[0]}"
+        rows = requantize(rows, self.stored[path], self.formats[path], feedback)
+        return {
+            f"{matrix}.{name}": share
+            for name, array in rows.items()
+            for matrix, share in zip(matrices, mx.split(array, len(matrices)), strict=True)
+        }
 
     def end_experts(self, module: str) -> dict[str, Any]:
         number = int(module.split(".")[1])
