@@ -142,7 +142,7 @@ def test_terminal_shows_thinking_then_markdown(loaded: tuple[Model, Encoding]) -
         " • a\n"
         " • b\n"
         f"(read 5 of 5 tokens in # · wrote {wrote} at #)\n"
-        "(thought in 1 words, /think show)\n"
+        "(thought in 6 characters, /think show)\n"
         "Done\n"
         f"(read {prompt - 4} of {prompt} tokens in # · wrote 12 at #)\n"
         "Again."
@@ -204,6 +204,19 @@ def test_files_that_cannot_be_read(loaded: tuple[Model, Encoding], tmp_path: Pat
         said = talk(loaded, f"/read {tmp_path / name}\n/ctx\n")
         assert said.startswith(f"error: {tmp_path / name}: expected a text file") and reason in said
         assert "0 messages" in said
+
+
+def test_a_file_beyond_the_context(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    (tmp_path / "long").write_text("x" * 300)
+    said = talk(loaded, f"/read {tmp_path / 'long'}\n", context=300)
+    assert said == f"error: {tmp_path / 'long'}: expected fewer than 300 tokens, the context of this chat, found 300\n"
+
+
+def test_a_chat_of_another_model_is_read_again(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    chat = Chat(load(write_tiny(tmp_path / "m", seed=1, layers=(1, 2)))[0], loaded[1])
+    chat.messages = [{"role": "user", "content": "x"}]
+    said = talk(loaded, f"/load {chat.save(tmp_path / 'talk')}\n")
+    assert said == "1 messages; the next turn reads all of them again\n"
 
 
 def test_byte_order_mark_is_not_text(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
