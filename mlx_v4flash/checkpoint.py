@@ -15,9 +15,9 @@ import numpy as np
 from .config import ModelConfig
 from .errors import CheckpointError
 from .inventory import TensorSpec, is_drafter, official_tensors, transformers_tensors
-from .safetensors_header import DTYPES, StoredTensor, read_header, unique_keys
+from .safetensors_header import DTYPES, ComputedTensor, StoredTensor, read_header, unique_keys
 
-__all__ = ["Checkpoint", "StoredTensor", "check_tensors", "read", "read_into", "scale_bytes"]
+__all__ = ["Checkpoint", "ComputedTensor", "StoredTensor", "check_tensors", "read", "read_into", "scale_bytes"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -92,6 +92,9 @@ def read_into(tensor: StoredTensor, buffer: memoryview[int] | np.ndarray[Any, An
     if tensor.nbytes == 0:
         return
     target = (buffer.data if isinstance(buffer, np.ndarray) else buffer).cast("B")
+    if isinstance(tensor, ComputedTensor):
+        target[:] = np.ascontiguousarray(tensor.values()).data.cast("B")
+        return
     done = 0
     try:
         # A file of its own for each call, so that threads do not move each other's position.

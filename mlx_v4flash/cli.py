@@ -16,7 +16,7 @@ from metal_kernels import KernelError
 
 from . import __version__
 from .errors import RequestError, V4FlashError
-from .options import PATH, chat_options, chosen_sampling, model_options, sampling_options
+from .options import PATH, chat_options, chosen_sampling, loading_options, model_options, sampling_options
 
 
 class _Group(click.Group):
@@ -113,19 +113,24 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 @click.option("--from-hub", is_flag=True, help="SOURCE is a repository: download, convert and remove file by file.")
 @click.option("--revision", help="With --from-hub: branch, tag or commit.")
 @click.option("--keep-source", is_flag=True, help="With --from-hub: keep what was downloaded.")
+@click.option("--plain", is_flag=True, help="Keep bfloat16 and float32 weights; without it they become FP4 and FP8.")
 @click.option("--dry-run", is_flag=True, help="Print sizes, time and free space needed; write nothing.")
 @click.option("--verify", is_flag=True, help="Read everything again and compare checksums.")
 def convert(
-    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, **options: bool
+    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, plain: bool, **options: bool
 ) -> None:
-    """Convert the checkpoint SOURCE to TARGET, losslessly, in a form that is read as it is.
+    """Convert the checkpoint SOURCE to TARGET, in a form that is read as it is.
+
+    Weights in DeepSeek's FP4 and FP8 keep every bit; those in bfloat16 or float32 are rounded as DeepSeek's were.
 
     Run the same command again after an interruption; it continues.
     """
     from . import convert as conversion
     from .progress import bar
 
-    opened = conversion.open_source(source, target, from_hub, revision, keep_source)
+    opened = conversion.open_source(source, target, from_hub, revision, keep_source, plain)
+    if opened.rounded:
+        click.echo("no quantization_config: experts become FP4 and layers FP8, as in DeepSeek's files", err=True)
     job = conversion.plan(opened)
     needed = conversion.check_space(job, target)
     if options["dry_run"]:
@@ -162,6 +167,36 @@ def bench(
     if output is not None:
         report.write(output)
     click.echo(report.json() if as_json else report.table())
+
+
+@main.command()
+@click.argument("model")
+@click.option("--against", required=True, help="Model to compare with, or a file that --save-reference wrote.")
+@click.option("--text", required=True, type=PATH, help="Text to predict, in UTF-8.")
+@click.option("--tokens", type=int, help="Use the first so many. Default: 4096; 0.26 MB of disk each.")
+@click.option("--context", type=int, help="Begin anew after so many. Default: 4096.")
+@click.option("--prefill-chunk", type=int, help="Tokens per forward pass. Default: 2048; 1 MB of memory each.")
+@loading_options
+@click.option("--save-reference", type=click.Path(path_type=Path), help="Keep what the other model predicts.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write JSON. An interrupted run into it continues.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def quality(as_json: bool, **options: Any) -> None:
+    """Compare the predictions of MODEL with those of another model: KL divergence, perplexity."""
+    from .progress import bar
+    from .quality import compare
+
+    report = compare(**options, progresses=lambda what: bar(what, "tokens"))
+    click.echo(report.json() if as_json else report.table())
+
+
+@main.command()
+@click.argument("results", nargs=-1, required=True, type=PATH)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Picture to write, as NAME.png.")
+def quality_plot(results: tuple[Path, ...], output: Path) -> None:
+    """Plot divergence over size from RESULTS that `quality --output` wrote."""
+    from .quality_report import Report, plot
+
+    plot([Report.read(path) for path in results], output)
 
 
 @main.command()

@@ -8,9 +8,10 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from .convert_source import FolderSource, HubSource
 from .converted import FORMAT, INDEX, JOURNAL, PACK, VERSION, Converted, is_converted
 from .errors import ConvertError
 from .expert_pack import HEADER, NAMES, PAGE, aligned, as_numpy, lay_out, record_bytes, with_records
-from .journal import Journal, alone, rename, sync_folder, write_all, write_file
+from .journal import Journal, alone, flush, rename, sync_folder, write_all, write_file
 from .linear import Numerics
 from .model import Model
 from .safetensors_header import DTYPES
 from .weights import parameter, sources
 
 Progress = Callable[[int, int], None]
+Chunk = bytes | memoryview
 
 _EXPERTS = ".experts."
 SCRATCH = ".download"
@@ -74,12 +76,17 @@ def plan(source: FolderSource) -> Plan:
 
 
 def open_source(
-    source: str | Path, target: Path, from_hub: bool = False, revision: str | None = None, keep: bool = False
+    source: str | Path,
+    target: Path,
+    from_hub: bool = False,
+    revision: str | None = None,
+    keep: bool = False,
+    plain: bool = False,
 ) -> FolderSource:
     """The source of a conversion; a repository's files go through a folder inside the target unless kept."""
     if from_hub:
         return HubSource(str(source), revision, target / SCRATCH, keep)
-    return FolderSource(Path(source))
+    return FolderSource(Path(source), plain)
 
 
 def measure_disk(folder: Path, nbytes: int = 1 << 26) -> float:
@@ -167,22 +174,41 @@ class _Job:
                 self._expect_same(line["source"], found, unit)
             elif found != line["source"]:  # a damaged shard was replaced: its small part is soon done again
                 del self.journal.units[unit]
+        nbytes = self.pack.stat().st_size if self.pack.exists() else 0
+        if nbytes < self._pack_end() != PAGE:
+            raise ConvertError(
+                f"{self.pack}: expected {self._pack_end():,} bytes, found {nbytes:,}: it was removed or truncated\n"
+                f"hint: remove {target} and convert again"
+            )
+
+    def _pack_end(self) -> int:
+        """Where the records end that the journal knows."""
+        return max((line["layer"]["end"] for line in self.journal.units.values() if "layer" in line), default=PAGE)
 
     def run(self, progress: Progress | None) -> None:
-        done, total = PAGE, self.plan.total_bytes
-        names = list(self.plan.units)
+        self._progress, left = progress, [unit for unit in self.plan.units if unit not in self.journal.units]
+        # Said at once what was done before, so that a bar takes its rate from what is done now.
+        self._count(0)
         with ThreadPoolExecutor(4) as readers:
-            for i, unit in enumerate(names):
-                if unit not in self.journal.units:
-                    self._convert(unit, readers)
-                    left = [t for later in names[i + 1 :] if later not in self.journal.units
-                            for t in self.plan.units[later]]  # fmt: skip
-                    self.source.release(left)
-                    mx.clear_cache()
-                done += self.plan.sizes[unit]
-                if progress is not None:
-                    progress(done, total)
+            for i, unit in enumerate(left):
+                self._convert(unit, readers)
+                self.source.release(tensor for later in left[i + 1 :] for tensor in self.plan.units[later])
+                mx.clear_cache()
         self._close()
+
+    def _count(self, nbytes: int) -> None:
+        """So much of the unit in work is written, beside all that is finished."""
+        finished = PAGE + sum(self.plan.sizes[unit] for unit in self.journal.units)
+        if self._progress is not None:
+            self._progress(min(finished + nbytes, self.plan.total_bytes), self.plan.total_bytes)
+
+    def _counted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """The chunks of a file after its header, counted as they are written."""
+        done = 0
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk)
+            self._count(done)
 
     def _convert(self, unit: str, readers: ThreadPoolExecutor) -> None:
         tensors = self.plan.units[unit]
@@ -197,12 +223,13 @@ class _Job:
             values = write(unit, groups, readers)
         self._expect_same(before, self.source.stat(tensors), unit)
         self.journal.finish(unit, {"source": before, **values})
+        self._count(0)
 
     def _write_drafter(self, unit: str, tensors: list[StoredTensor]) -> dict[str, Any]:
         tensors = sorted(tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
         header = _header([(t.name, t.dtype, t.shape, t.nbytes) for t in tensors])
-        chunks = (chunk for part in ([header], (read(t).data.cast("B") for t in tensors if t.nbytes)) for chunk in part)
-        nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chunks)
+        values = self._counted(read(t).data.cast("B") for t in tensors if t.nbytes)
+        nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chain([header], values))
         return {"bytes": nbytes, "crc32": crc32}
 
     def _write_dense(
@@ -212,13 +239,8 @@ class _Job:
         # Larger elements first, so that each lies at a multiple of its size.
         order = sorted(arrays, key=lambda path: -arrays[path].itemsize)
         header = _header([(p, NAMES[arrays[p].dtype], arrays[p].shape, arrays[p].nbytes) for p in order])
-
-        def chunks() -> Iterator[bytes | memoryview]:
-            yield header
-            for path in order:
-                yield as_numpy(arrays.pop(path)).data.cast("B")
-
-        nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chunks())
+        values = self._counted(as_numpy(arrays.pop(path)).data.cast("B") for path in order)
+        nbytes, crc32 = write_file(self.target / f"{unit}.safetensors", chain([header], values))
         return {"bytes": nbytes, "crc32": crc32}
 
     def _write_experts(
@@ -227,8 +249,7 @@ class _Job:
         """Append the records of one layer, after what the journal knows to be complete."""
         checkpoint, layer = self.source.checkpoint, None
         formats = {path.split(_EXPERTS)[1].split(".")[0]: _format(checkpoint.config.expert_dtype) for path in groups}
-        start = max((line["layer"]["end"] for line in self.journal.units.values() if "layer" in line), default=PAGE)
-        count, sums = len(next(iter(groups.values()))), []
+        start, count, sums = self._pack_end(), len(next(iter(groups.values()))), []
         file = os.open(self.pack, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.ftruncate(file, start if start > PAGE else 0)
@@ -244,9 +265,11 @@ class _Job:
                 record = record_bytes(layer, arrays)
                 sums.append(zlib.crc32(record))
                 write_all(file, record)
-            os.fsync(file)
+                self._count(len(sums) * layer.stride)
+            flush(file)
         finally:
             os.close(file)
+        sync_folder(self.target)  # the journal must not outlive the pack
         assert layer is not None
         layer = with_records(layer, sums)
         return {"layer": asdict(layer) | {"end": layer.end}}
@@ -270,7 +293,7 @@ class _Job:
         for path in self.source.extras():
             write_file(self.target / path.name, [path.read_bytes()])
         write_file(self.target / INDEX, [json.dumps(index, sort_keys=True).encode() + b"\n"])
-        write_file(self.target / "config.json", [(self.source.folder / "config.json").read_bytes()])
+        write_file(self.target / "config.json", [self.source.config_json()])
         shutil.rmtree(self.target / SCRATCH, ignore_errors=True)
         (self.target / JOURNAL).unlink()
         sync_folder(self.target)

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 
 from . import hub
+from .as_official import as_official, official_config
 from .checkpoint import INDEX, Checkpoint, check_tensors
 from .config import ModelConfig
 from .converted import is_converted
@@ -21,23 +22,38 @@ from .safetensors_header import DTYPES, StoredTensor, read_header
 
 
 class FolderSource:
-    """A checkpoint on this machine. Nothing in it is changed."""
+    """A checkpoint on this machine. Nothing in it is changed.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        plain: keep weights that are not quantised as they are. If not, they are rounded as the official ones were.
+    """
+
+    rounded = False
+
+    def __init__(self, folder: Path, plain: bool = False) -> None:
         if is_converted(folder):
             raise ConvertError(f"{folder}: expected an official checkpoint, found a converted one\nhint: use it as is")
-        self.checkpoint = Checkpoint.open(folder)
-        self.folder = folder
+        self.folder, self.checkpoint = folder, Checkpoint.open(folder)
+        self._naming = self.checkpoint.naming
+        if not (plain or self.checkpoint.config.quantized):
+            self.rounded, self.checkpoint = True, as_official(self.checkpoint, official_config(folder))
         # A snapshot in Hugging Face's cache is named after its commit.
         self.revision = folder.resolve().name if folder.resolve().parent.name == "snapshots" else None
 
     def identity(self) -> dict[str, Any]:
         """What must be the same when a conversion continues."""
-        return {
+        found = {
             "config_crc32": zlib.crc32((self.folder / "config.json").read_bytes()),
             "revision": self.revision,
-            "naming": self.checkpoint.naming,
+            "naming": self._naming,
         }
+        return found | ({"rounded": True} if self.rounded else {})
+
+    def config_json(self) -> bytes:
+        """What config.json says of the weights as they are converted."""
+        if not self.rounded:
+            return (self.folder / "config.json").read_bytes()
+        return json.dumps(official_config(self.folder), indent=2, sort_keys=True).encode() + b"\n"
 
     def fetch(self, tensors: Iterable[str]) -> None:
         """Make the files of these tensors readable, and `checkpoint` say where they lie."""
@@ -87,6 +103,11 @@ class HubSource(FolderSource):
             path = self._download(name)
         self.folder = path.parent
         config = ModelConfig.from_folder(self.folder)
+        if not config.quantized:
+            raise ConvertError(
+                f"{repository}: expected FP4 and FP8 weights, found no quantization_config in config.json\n"
+                "hint: download it, and convert the folder"
+            )
         self._files = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         self._specs = official_tensors(config)
         self._fetched: set[str] = set()
@@ -95,7 +116,7 @@ class HubSource(FolderSource):
         drafter = {
             n: StoredTensor(n, "U8", (0,), self.folder / f, 0, 0) for n, f in self._files.items() if is_drafter(n)
         }
-        self.checkpoint = Checkpoint(self.folder, config, placeholders, drafter, "official")
+        self.checkpoint, self._naming = Checkpoint(self.folder, config, placeholders, drafter, "official"), "official"
 
     def fetch(self, tensors: Iterable[str]) -> None:
         for file in sorted({self._files[name] for name in tensors} - self._fetched):

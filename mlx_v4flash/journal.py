@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Journal:
         line = {"unit": unit, **values}
         with self.path.open("ab", buffering=0) as file:
             write_all(file.fileno(), _line(line))
-            os.fsync(file.fileno())
+            flush(file.fileno())
         self.units[unit] = line
 
 
@@ -55,7 +56,7 @@ def write_file(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> 
         for chunk in chunks:
             write_all(file.fileno(), chunk)
             nbytes, crc = nbytes + len(chunk), zlib.crc32(chunk, crc)
-        os.fsync(file.fileno())
+        flush(file.fileno())
     rename(part, path)
     return nbytes, crc
 
@@ -65,6 +66,15 @@ def write_all(file: int, data: bytes | bytearray | memoryview) -> None:
     left = memoryview(data).cast("B")
     while left:
         left = left[os.write(file, left) :]
+
+
+def flush(file: int) -> None:
+    """Wait until a file, or the names in a folder, survive a loss of power."""
+    if sys.platform == "darwin":  # where fsync leaves it to the drive when to write
+        with suppress(OSError):  # a file system that cannot do this
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
 
 
 def rename(part: Path, path: Path) -> None:
@@ -77,7 +87,7 @@ def sync_folder(path: Path) -> None:
     """Make names that were given or removed in a folder survive a loss of power."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        flush(folder)
     finally:
         os.close(folder)
 

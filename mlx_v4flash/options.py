@@ -18,6 +18,16 @@ def model_options(command: Command) -> Command:
     options = [
         click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small random model."),
         click.option("--revision", help="Branch, tag or commit of the repository."),
+    ]
+    command = loading_options(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def loading_options(command: Command) -> Command:
+    """How a model computes."""
+    options = [
         click.option("--dtype", default="bfloat16", show_default=True, help="Of activations: bfloat16 or float32."),
         click.option("--cache-quant/--no-cache-quant", default=True, show_default=True,
                      help="The FP8 and FP4 rounding of cached rows that the model was trained with."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ class StoredTensor:
     path: Path
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class ComputedTensor(StoredTensor):
+    """One that is computed from what lies there: `values` gives an array of its shape and type."""
+
+    values: Callable[[], np.ndarray[Any, Any]]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

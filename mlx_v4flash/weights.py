@@ -81,17 +81,19 @@ def parameter_path(name: str) -> str:
 
 def sources(checkpoint: Checkpoint) -> Iterator[tuple[str, list[StoredTensor]]]:
     """Paths of parameters, each with the stored tensors that fill it, one after another."""
-    official = checkpoint.naming == "official"
     groups: dict[str, list[StoredTensor]] = {}
     for name in official_tensors(checkpoint.config):
-        if official:
-            tensor = checkpoint.tensors[name]
-        elif ".ffn.experts." in name:
-            tensor = _expert_slice(checkpoint, name)
-        else:
-            tensor = checkpoint.tensors[transformers_name(name)]
-        groups.setdefault(parameter_path(name), []).append(tensor)
+        groups.setdefault(parameter_path(name), []).append(stored_tensor(checkpoint, name))
     yield from groups.items()
+
+
+def stored_tensor(checkpoint: Checkpoint, name: str) -> StoredTensor:
+    """The tensor of this official name, whatever the checkpoint's names are."""
+    if checkpoint.naming == "official":
+        return checkpoint.tensors[name]
+    if ".ffn.experts." in name:
+        return _expert_slice(checkpoint, name)
+    return checkpoint.tensors[transformers_name(name)]
 
 
 def _expert_slice(checkpoint: Checkpoint, name: str) -> StoredTensor:

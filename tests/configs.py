@@ -90,6 +90,26 @@ PRO = FLASH | {
     "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
 }
 
+# Its proportions to Flash, with each kind of layer where Pro has it.
+SMALL_PRO = PRO | {
+    "compress_ratios": [128, 128, 4, 128, 4],
+    "head_dim": 128,
+    "hidden_size": 224,
+    "index_n_heads": 16,
+    "index_topk": 48,
+    "max_position_embeddings": 65536,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 12,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 5,
+    "num_nextn_predict_layers": 0,
+    "o_groups": 4,
+    "o_lora_rank": 64,
+    "q_lora_rank": 96,
+    "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 4096},
+    "vocab_size": 272,
+}
+
 V41: dict[str, Any] = {
     "architectures": ["DeepseekV41ForConditionalGeneration"],
     "model_type": "deepseek_v41",

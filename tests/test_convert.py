@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -28,8 +29,10 @@ from mlx_v4flash import convert_source, journal, load, load_model
 from mlx_v4flash.checkpoint import Checkpoint, read
 from mlx_v4flash.cli import main
 from mlx_v4flash.converted import INDEX, JOURNAL, PACK, Converted
-from mlx_v4flash.errors import CheckpointError, ConvertError
+from mlx_v4flash.errors import CheckpointError, ConfigError, ConvertError
+from mlx_v4flash.expert_pack import PAGE
 from mlx_v4flash.tiny import TINY, write_tiny
+from tests.configs import SMALL_PRO
 from tests.golden import CASES
 from tests.golden import folder as golden
 
@@ -70,9 +73,13 @@ def expect_same_model(found: Path, want: Path) -> None:
     np.testing.assert_array_equal(np.array(a(ids)), np.array(b(ids)))
 
 
-@pytest.mark.parametrize("base", [False, True], ids=["fp4-experts", "fp8-experts-f32-scales"])
-def test_every_tensor_and_the_logits_are_bit_equal(tmp_path: Path, base: bool) -> None:
-    source = write_tiny(tmp_path / "s", SMALL, base=base, drafter=True)
+@pytest.mark.parametrize(
+    ("values", "base"),
+    [(SMALL, False), (SMALL, True), (SMALL_PRO, False)],
+    ids=["fp4-experts", "fp8-experts-f32-scales", "pro"],
+)
+def test_every_tensor_and_the_logits_are_bit_equal(tmp_path: Path, values: dict[str, Any], base: bool) -> None:
+    source = write_tiny(tmp_path / "s", values, base=base, drafter=True)
     convert(source, tmp_path / "t").verify()
     expect_same_model(tmp_path / "t", source)
 
@@ -83,9 +90,14 @@ def test_golden_checkpoints_are_bit_equal(tmp_path: Path, case: str) -> None:
     expect_same_model(tmp_path / "t", golden(case))
 
 
-def test_drafter_is_carried_over_untouched(source: Path, finished: Path) -> None:
+@pytest.mark.parametrize("base", [False, True], ids=["fp4-experts", "base"])
+def test_drafter_is_carried_over_untouched(source: Path, finished: Path, tmp_path: Path, base: bool) -> None:
+    if base:
+        source, finished = write_tiny(tmp_path / "s", SMALL, base=True, drafter=True), tmp_path / "t"
+        convert(source, finished)
     want, found = Checkpoint.open(source).drafter, Converted.open(finished).drafter
     assert want and found.keys() == want.keys()
+    assert ("mtp.0.emb.tok_emb.weight" in found) == base  # V4-Flash-Base has copies of embedding and head there
     for name, tensor in want.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert read(found[name]).tobytes() == read(tensor).tobytes(), name
@@ -125,6 +137,61 @@ def test_killed_at_any_moment_gives_the_same_bytes(source: Path, finished: Path,
     assert kills >= 20, done.stdout
     convert(source, target).verify()
     assert contents(target) == want and contents(source) == before
+
+
+class Disk:
+    """What a folder would hold after a crash: everything, what was flushed under its new names, or what was flushed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.flushed, self.names = folder, dict[int, bytes](), dict[str, int]()
+        self.images: list[dict[str, bytes]] = []
+
+    def flush(self, file: int) -> None:
+        self.crash()
+        if os.fstat(file).st_ino == self.folder.stat().st_ino:
+            self.names = {path.name: path.stat().st_ino for path in self.folder.iterdir()}
+        for path in self.folder.iterdir():
+            if path.stat().st_ino == os.fstat(file).st_ino:
+                self.flushed[path.stat().st_ino] = path.read_bytes()
+
+    def crash(self) -> None:
+        now = {path.name: path.stat().st_ino for path in self.folder.iterdir()}
+        for image in (
+            contents(self.folder),
+            {name: self.flushed.get(inode, b"") for name, inode in now.items()},
+            {name: self.flushed.get(inode, b"") for name, inode in self.names.items()},
+        ):
+            if image not in self.images:
+                self.images.append(image)
+
+
+def test_a_crash_or_a_loss_of_power_at_every_step_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before every flush, rename, removal and truncation; what was not flushed is there, or is not."""
+    values = {**SMALL, "hidden_size": 64, "q_lora_rank": 32, "moe_intermediate_size": 32, "n_routed_experts": 3}
+    source, target = write_tiny(tmp_path / "s", values, drafter=True), tmp_path / "t"
+    disk, opened = Disk(target), conversion.open_source(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "flush", disk.flush)
+        patch.setattr(conversion, "flush", disk.flush)
+        for name in ("replace", "unlink", "ftruncate"):
+            real = getattr(os, name)
+            patch.setattr(os, name, lambda *args, real=real, **options: (disk.crash(), real(*args, **options))[1])
+        conversion.convert(opened, target)
+    want, steps = contents(target), [image for image in disk.images if image]
+    assert len(steps) >= 40 and any(INDEX in image and JOURNAL in image for image in steps)
+    for number, image in enumerate(steps):
+        again = tmp_path / str(number)
+        again.mkdir()
+        for name, data in image.items():
+            (again / name).write_bytes(data)
+        if INDEX not in image:
+            with pytest.raises((CheckpointError, ConfigError)):
+                load_model(again)
+        conversion.convert(opened, again)
+        assert contents(again) == want, f"after step {number}, with {sorted(image)}"
+        shutil.rmtree(again)
 
 
 @pytest.mark.slow
@@ -230,6 +297,90 @@ def test_other_formats_are_refused(finished: Path, tmp_path: Path) -> None:
         (mine / INDEX).write_text(json.dumps(values | change))
         with pytest.raises(CheckpointError, match=message):
             load_model(mine, simulate_cache_quant=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_routed_experts": 7}, r"layers.0.ffn.experts.w1.scales: expected \(7, 128, 5\), found \(8, 128, 5\)"),
+        ({"num_hidden_layers": 1, "num_hash_layers": 1}, r"layers.1.attn.attn_sink: expected none, found \(4,\)"),
+        ({"compress_ratios": [4, 4]}, r"layers.0.attn.\S+: expected \(.*\), found none"),
+    ],
+    ids=["fewer-experts", "fewer-layers", "another-kind-of-layer"],
+)
+def test_another_config_is_refused(finished: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    mine = shutil.copytree(finished, tmp_path / "t")
+    values = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(CheckpointError, match=message + r"[^\0]*hint: .*config.json was replaced"):
+        load_model(mine, simulate_cache_quant=False)
+
+
+def test_one_conversion_at_a_time(source: Path, finished: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    script = (
+        "import sys, pathlib\n"
+        "from mlx_v4flash.journal import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    target.mkdir()
+    command = [sys.executable, "-c", script, target]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(ConvertError, match="another conversion into this folder runs\nhint: wait"):
+            convert(source, target)
+        assert not contents(target)
+        other.kill()
+    convert(source, target)
+    assert contents(target) == contents(finished)
+
+
+def test_progress_moves_within_a_layer(source: Path, tmp_path: Path) -> None:
+    target, opened = tmp_path / "t", conversion.open_source(source, tmp_path / "t")
+    job, calls = conversion.plan(opened), list[tuple[int, int]]()
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, 1_000_000)
+        with pytest.raises(ConvertError):
+            conversion.convert(opened, target, lambda *call: calls.append(call))
+    stopped = len(calls)
+    conversion.convert(opened, target, lambda *call: calls.append(call))
+    for part in (calls[:stopped], calls[stopped:]):
+        assert part == sorted(part) and {total for _, total in part} == {job.total_bytes}
+    assert calls[0][0] < 20_000 and calls[-1] == (job.total_bytes, job.total_bytes)
+    # What was done before comes first, so that a bar does not take it for its speed.
+    units = list(job.units)
+    assert any(calls[stopped][0] == PAGE + sum(job.sizes[u] for u in units[:n]) for n in range(2, len(units)))
+    largest = max(b - a for (a, _), (b, _) in itertools.pairwise(calls[:stopped] + calls[stopped + 1 :]))
+    record = job.sizes["layers.1.ffn.experts"] // SMALL["n_routed_experts"]
+    assert record < largest < job.sizes["layers.1.ffn.experts"] / 2
+    steps = [b - a for (a, _), (b, _) in itertools.pairwise(calls)]
+    assert steps.count(record) >= SMALL["n_routed_experts"]
+
+
+def test_file_too_large_for_the_system(source: Path, finished: Path, tmp_path: Path) -> None:
+    script = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000))\n"
+        "sys.argv[0] = 'mlx-v4flash'\n"
+        "runpy.run_module('mlx_v4flash', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", script, "convert", source, tmp_path / "t"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "File too large\nhint" in done.stderr, done.stderr
+    convert(source, tmp_path / "t")
+    assert contents(tmp_path / "t") == contents(finished)
+
+
+def test_removed_pack_is_missed(source: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, 1_300_000)
+        with pytest.raises(ConvertError):
+            convert(source, tmp_path / "t")
+    (tmp_path / "t" / (PACK + ".part")).unlink()
+    with pytest.raises(ConvertError, match=r"bytes, found 0: it was removed or truncated\nhint: remove"):
+        convert(source, tmp_path / "t")
 
 
 def test_damage_after_conversion_is_found(finished: Path, tmp_path: Path) -> None:

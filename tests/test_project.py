@@ -88,9 +88,9 @@ def test_readme_and_ci_run_the_same_tests() -> None:
 
 def test_imports_of_the_package_are_declared_and_used() -> None:
     used = third_party(MODULES)
-    needed = declared(PROJECT["dependencies"])
+    needed, optional = declared(PROJECT["dependencies"]), declared(PROJECT["optional-dependencies"]["plot"])
     assert len(used) >= 2, f"expected mlx, numpy and more, found {used}"
-    undeclared = {name: where for name, where in used.items() if not distributions(name) & needed}
+    undeclared = {name: where for name, where in used.items() if not distributions(name) & (needed | optional)}
     assert not undeclared, f"imported but not among the dependencies in pyproject.toml: {undeclared}"
     unused = needed - {d for name in used for d in distributions(name)}
     assert not unused, f"among the dependencies in pyproject.toml but never imported: {unused}"

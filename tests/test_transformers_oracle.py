@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mlx_v4flash import Model, load_model
+from mlx_v4flash import convert as conversion
 from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.errors import CheckpointError
 
@@ -69,7 +70,14 @@ HASHED = {
     "index_topk": 512, "num_experts_per_tok": 1, "hc_mult": 3, "hc_sinkhorn_iters": 4, "rope_scaling": None,
     "rope_theta": 500, "compress_rope_theta": 3000, "swiglu_limit": 0.2, "rms_norm_eps": 1e-5, "hc_eps": 1e-4,
 }  # fmt: skip
+# V4-Pro: compressors first, and the layers that route by token id have them; its proportions where they differ.
+PRO = {
+    **RELEASE, "compress_ratios": [128, 128, 4, 128, 4], "num_hash_layers": 3, "hidden_size": 56, "q_lora_rank": 24,
+    "num_attention_heads": 8, "o_groups": 4, "o_lora_rank": 12, "index_topk": 40, "moe_intermediate_size": 24,
+    "n_routed_experts": 12, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5,
+}  # fmt: skip
 CASES = {
+    "pro-5": (PRO, 330, 5),
     "release-5": (RELEASE, 330, 5), "release-6": (RELEASE, 301, 6),
     "narrow-2": (NARROW, 77, 2), "narrow-3": (NARROW, 83, 3), "narrow-4": (NARROW, 64, 4),
     "hashed-5": (HASHED, 103, 5), "hashed-6": (HASHED, 98, 6),
@@ -240,6 +248,29 @@ def test_saved_formats(name: str, tmp_path: Path) -> None:
     ids = np.random.default_rng(7).integers(0, NARROW["vocab_size"], 45)
     ours = load_model(tmp_path, dtype="float32", simulate_cache_quant=False)
     expect_match(our_logits(ours, ids, [len(ids)]), their_logits(model, ids))
+
+
+def test_a_saved_model_is_converted_to_the_official_formats(tmp_path: Path) -> None:
+    """With every default that transformers writes into config.json."""
+    sizes = {"hidden_size": 64, "q_lora_rank": 32, "moe_intermediate_size": 96, "num_attention_heads": 4}
+    settings = {**RELEASE, **sizes, "head_dim": 64, "o_groups": 2, "o_lora_rank": 32}
+    model = random_model(settings, seed=9)
+    save(model, tmp_path / "s", **FORMATS["bfloat16"](model))
+    conversion.convert(conversion.open_source(tmp_path / "s", tmp_path / "t"), tmp_path / "t").verify()
+    ours = load_model(tmp_path / "t", simulate_cache_quant=False)
+    assert (ours.config.expert_dtype, ours.config.quantized) == ("fp4", True)
+    experts, state = ours.layers[3].ffn.experts, model.state_dict()
+    down = mx.dequantize(experts.w2.weight, experts.w2.scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.float32)
+    want = state["model.layers.3.mlp.experts.down_proj"].float().numpy()
+    # The widest step, from 4 to 6, is two scales, and a scale is less than a third of the largest of its 32.
+    largest = np.abs(want).reshape(*want.shape[:2], -1, 32).max(-1).repeat(32, -1)
+    assert (np.abs(np.array(down) - want) <= largest / 3).all()
+    assert golden.relative_rms(np.array(down), want) < 0.15
+    output = ours.layers[3].attn.wo_b
+    found = mx.dequantize(output.weight, output.scales, group_size=32, bits=8, mode="mxfp8", dtype=mx.float32)
+    assert (
+        golden.relative_rms(np.array(found), state["model.layers.3.self_attn.o_b_proj.weight"].float().numpy()) < 0.03
+    )
 
 
 def test_names_of_save_pretrained_alone_are_refused_with_the_way_out(tmp_path: Path) -> None:
