@@ -70,6 +70,12 @@ class Checkpoint:
         """Bytes of the main model in the files."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @functools.cached_property
+    def dense_bytes(self) -> int:
+        """The part of `nbytes` that is outside the routed experts."""
+        routed = (".ffn.experts.", ".mlp.experts.")
+        return sum(tensor.nbytes for name, tensor in self.tensors.items() if not any(part in name for part in routed))
+
 
 def read(tensor: StoredTensor) -> np.ndarray[Any, Any]:
     """The stored values; BF16 as uint16 and FP8 types as uint8, bit for bit.

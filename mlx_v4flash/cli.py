@@ -65,7 +65,12 @@ def generate(prompt: str, **options: Any) -> None:
 @sampling_options
 @chat_options
 @click.option("--context", type=int, help="Tokens the conversation may have. Default: what the model was made for.")
-@click.option("--load", "saved", type=PATH, help="Go on with a conversation that /save wrote.")
+@click.option(
+    "--load",
+    "saved",
+    type=PATH,
+    help="Go on with a conversation that /save wrote, its system text and level of thinking.",
+)
 @click.option("--hide-thinking", is_flag=True, help="Show how long the model thinks, not what.")
 def chat(**options: Any) -> None:
     """Talk with the model; /help in the conversation says how."""

@@ -84,26 +84,35 @@ class Converted:
     @property
     def nbytes(self) -> int:
         """Bytes of the main model in the files."""
-        return sum(t.nbytes for t in self.dense.values()) + sum(_record_bytes(layer) for layer in self.layers.values())
+        return self.dense_bytes + sum(_record_bytes(layer) for layer in self.layers.values())
 
-    def parameters(self, readers: ThreadPoolExecutor) -> Iterator[tuple[str, mx.array, int]]:
-        """Every parameter with its path in the model and its bytes, ready to use."""
+    @property
+    def dense_bytes(self) -> int:
+        """The part of `nbytes` that is outside the routed experts."""
+        return sum(t.nbytes for t in self.dense.values())
+
+    def parameters(self, readers: ThreadPoolExecutor, experts: bool = True) -> Iterator[tuple[str, mx.array, int]]:
+        """Every parameter, or those outside the routed experts, with its path in the model and its bytes."""
         for file in sorted({tensor.path for tensor in self.dense.values()}):
             loaded = mx.load(str(file))
             assert isinstance(loaded, dict)
             for path in sorted(loaded):
                 array = loaded.pop(path)
                 yield path, array, array.nbytes
-        for module, layer in self.layers.items():
+        for module, layer in self.layers.items() if experts else ():
             arrays = read_layer(self.folder / PACK, layer, readers)
             for name in list(arrays):
                 array = arrays.pop(name)
                 yield f"{module}.{name}", array, array.nbytes
 
-    def expect(self, parameters: Mapping[str, mx.array]) -> None:
-        """Raise CheckpointError unless the folder holds exactly these parameters, in these shapes."""
+    def expect(self, parameters: Mapping[str, mx.array], experts: bool = True) -> None:
+        """Raise CheckpointError unless the folder holds exactly these parameters, in these shapes.
+
+        Args:
+            experts: whether the routed experts are among them.
+        """
         held = {path: tensor.shape for path, tensor in self.dense.items()}
-        for module, layer in self.layers.items():
+        for module, layer in self.layers.items() if experts else ():
             held |= {f"{module}.{part.name}": (len(layer.crc32), *part.shape) for part in layer.components}
         for path in sorted(held.keys() | parameters.keys()):
             expected = tuple(parameters[path].shape) if path in parameters else "none"

@@ -13,6 +13,10 @@ class CheckpointError(V4FlashError):
     """The checkpoint's files do not hold the model that its config describes."""
 
 
+class ExpertReadError(V4FlashError):
+    """Experts could not be read while a request ran; the model and its other requests live on."""
+
+
 class ConvertError(V4FlashError):
     """A conversion cannot begin or go on; what is done so far is kept."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,6 +16,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted, expect_finished, is_converted
 from .errors import CheckpointError, RequestError
+from .experts.attach import attach, begin, chosen_division, follow, open_source, parse_bytes
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
 from .model import Model
@@ -30,6 +32,10 @@ def load_model(
     dtype: str = "bfloat16",
     simulate_cache_quant: bool = True,
     quantize_activations: bool = False,
+    experts: str = "auto",
+    memory: str | int | None = None,
+    verify_reads: bool = False,
+    trace: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a checkpoint as DeepSeek published it, with transformers' names, or converted.
@@ -40,11 +46,18 @@ def load_model(
         dtype: of activations and caches, "bfloat16" or "float32".
         simulate_cache_quant: keep the FP8 and FP4 round trips of cached rows that the model was trained with.
         quantize_activations: round the inputs of quantised linear layers to FP8, as the official code does.
+        experts: where routed experts live: "resident", all in memory; "stream", from disk, with as many in memory as
+            there is room for; "auto", streamed only if they do not fit. The results are the same, bit for bit.
+        memory: what weights and work may take, in bytes or as "48GB". If absent, what the machine can give.
+        verify_reads: compare every streamed expert with its checksum; of converted checkpoints.
+        trace: file to write the chosen experts of every pass to.
         progress: called with bytes loaded and bytes in all.
 
     Raises:
         ConfigError, CheckpointError, HubError: what is wrong, where, and what to do.
-        RequestError: dtype is another one, or the sizes do not allow a rounding that was asked for.
+        RequestError: an argument is none of those above, the memory does not suffice, or the sizes do not allow a
+            rounding that was asked for.
+        DeviceError: streaming on a device that cannot.
     """
     if dtype not in DTYPES:
         raise RequestError(
@@ -55,9 +68,16 @@ def load_model(
     checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
     numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
+    division = chosen_division(checkpoint, lambda: open_source(checkpoint), experts, parse_bytes(memory))
     doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
+    if division is not None:
+        attach(model, open_source(checkpoint, verify_reads), division)
     load_weights(model, checkpoint, progress)
+    if model.store is not None:
+        begin(model, model.store)
+    if trace is not None:
+        follow(model, Path(trace))
     model.eval()
     return model
 
@@ -66,22 +86,12 @@ def load(
     path: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "bfloat16",
-    simulate_cache_quant: bool = True,
-    quantize_activations: bool = False,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> tuple[Model, TokenizerWrapper]:
-    """`load_model`, and the tokenizer of the same folder in mlx-lm's wrapper."""
+    """`load_model` with its options, and the tokenizer of the same folder in mlx-lm's wrapper."""
     folder = resolve(path, revision)
     tokenizer = load_tokenizer(folder)  # before the weights: it fails in a moment, they take minutes
-    model = load_model(
-        folder,
-        dtype=dtype,
-        simulate_cache_quant=simulate_cache_quant,
-        quantize_activations=quantize_activations,
-        progress=progress,
-    )
-    return model, tokenizer
+    return load_model(folder, **options), tokenizer
 
 
 def load_tokenizer(folder: Path) -> TokenizerWrapper:

@@ -53,7 +53,7 @@ _WITHOUT_TEMPLATE = {
 }
 
 # What `mlx_lm.load(..., model_config=...)` may ask of us: how to compute, not what.
-_MODEL_CONFIG = ("dtype", "quantize_activations", "simulate_cache_quant")
+_MODEL_CONFIG = ("dtype", "experts", "memory", "quantize_activations", "simulate_cache_quant")
 
 _mlx_lm_load_model = utils.load_model
 _mlx_lm_load_adapters = utils.load_adapters

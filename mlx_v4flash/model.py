@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -13,6 +17,9 @@ from .hyper import HyperConnection, HyperHead
 from .linear import Numerics, RMSNorm, WideLinear
 from .moe import MoE
 from .rope import RotaryTables, Rotations
+
+if TYPE_CHECKING:
+    from .experts.store import ExpertStore
 
 
 class Model(nn.Module):
@@ -30,6 +37,8 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = WideLinear(config.hidden_size, config.vocab_size)
         self._tables = RotaryTables(config)
+        self.around: Callable[[mx.array], AbstractContextManager[object]] = nullcontext  # of every pass, with its ids
+        self.store: ExpertStore | None = None  # of streamed experts
 
     def __call__(self, ids: mx.array, cache: list[LayerCache] | None = None) -> mx.array:
         """Logits of the next token at each position.
@@ -49,8 +58,9 @@ class Model(nn.Module):
         cache = cache or self.make_cache()
         rotations = self.rotations(cache, ids.shape[1])
         x = self.streams(ids)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, ids, layer_cache, rotations)
+        with self.around(ids):
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                x = layer(x, ids, layer_cache, rotations)
         logits = self.logits(x)
         # Some of the new state, such as an open group, is not needed for these logits. Evaluated with them, it
         # lets go of this step's graph; left lazy, it would keep every step alive until its group is full.

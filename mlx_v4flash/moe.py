@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from metal_kernels import project_f32, route, route_hash
 
 from .config import ModelConfig
-from .experts import ResidentExperts, SharedExpert
+from .experts import Experts, ResidentExperts, SharedExpert
 from .linear import Numerics
 
 
@@ -39,7 +41,8 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics, hashed: bool) -> None:
         super().__init__()
         self.gate = Router(config, hashed)
-        self.experts = ResidentExperts(config, numerics)
+        self.experts: Experts = ResidentExperts(config, numerics)
+        self.watch: Callable[[mx.array], None] | None = None  # told which experts are chosen, [B * T, A]
         self.shared_experts = SharedExpert(config, numerics)
         self._round_input = numerics.round_input
 
@@ -47,5 +50,7 @@ class MoE(nn.Module):
         """x [B, T, D] and token ids [B, T] -> [B, T, D]."""
         flat = x.flatten(0, 1)
         experts, weights = self.gate(flat, ids.flatten())
+        if self.watch is not None:
+            self.watch(experts)
         rounded = self._round_input(flat)
         return self.experts(rounded, experts, weights, self.shared_experts).reshape(x.shape)

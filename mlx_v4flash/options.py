@@ -33,6 +33,13 @@ def loading_options(command: Command) -> Command:
                      help="The FP8 and FP4 rounding of cached rows that the model was trained with."),
         click.option("--activation-quant/--no-activation-quant", default=False, show_default=True,
                      help="FP8 rounding of inputs of linear layers, as in the official code."),
+        click.option("--experts", type=click.Choice(["auto", "resident", "stream"]), default="auto", show_default=True,
+                     help="Routed experts all in memory, or read from disk when needed; auto: if they do not fit."),
+        click.option("--memory", metavar="BYTES", help="What the model may take, such as 48GB. Default: what the "
+                     "machine can give."),
+        click.option("--verify-reads", is_flag=True, help="Compare every expert read from disk with its checksum."),
+        click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+                     help="Write the experts chosen in every pass."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -43,7 +43,7 @@ class Run:
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, revision: str | None, dtype: str, cache_quant: bool, activation_quant: bool
+        cls, folder: str | Path, *, revision: str | None, cache_quant: bool, activation_quant: bool, **options: Any
     ) -> Run:
         """Load with a progress bar; options as on the command line."""
         start, size = time.perf_counter(), 0
@@ -57,10 +57,10 @@ class Run:
             model, tokenizer = load(
                 folder,
                 revision=revision,
-                dtype=dtype,
                 simulate_cache_quant=cache_quant,
                 quantize_activations=activation_quant,
                 progress=count,
+                **options,
             )
         return cls(model, tokenizer, time.perf_counter() - start, size, str(folder))
 
@@ -128,6 +128,8 @@ class Run:
         found["load_s"] = round(self.load_s, 3)
         found["bytes_read"] = self.load_bytes
         found["peak_memory_bytes"] = peak_memory_bytes()
+        if self.model.store is not None:
+            found |= self.model.store.statistics.report()
         found["ops"] = metal_kernels.active()
         return found
 
@@ -135,6 +137,8 @@ class Run:
         """The summary as lines on standard error."""
         console = Console(stderr=True, highlight=False)
         for name, value in self.summary().items():
+            if name == "expert_layers":  # in JSON
+                continue
             shown = f"{value:,}" if isinstance(value, int) else value
             console.print(f"{name.replace('_', ' ')}: {shown}")
 

@@ -24,13 +24,14 @@ Progress = Callable[[int, int], None]
 
 _READERS = 4
 # How stored bytes are held in memory: four FP8 or eight FP4 codes to a word, bfloat16 by its bits.
-_HELD = {"F8_E4M3": mx.uint32, "I8": mx.uint32, "U8": mx.uint32, "BF16": mx.uint16, "F32": mx.float32}
+HELD = {"F8_E4M3": mx.uint32, "I8": mx.uint32, "U8": mx.uint32, "BF16": mx.uint16, "F32": mx.float32}
 
 
 def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Progress | None = None) -> None:
     """Fill every parameter of the model; large tensors are read straight into their final place.
 
     Stored bits stay as they are: FP4 becomes mxfp4, FP8 becomes mxfp8 with its block scales repeated (spec 9.3).
+    Streamed experts are no parameters and stay where they are.
     Only linear layers stored wider than the model computes are narrowed, and scales of affine weights become what
     they are multiplied with.
 
@@ -46,12 +47,13 @@ def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Pro
     scales = dict(_affine_scales(model))
     parameters = dict(tree_flatten(model.parameters()))
     if isinstance(checkpoint, Converted):
-        checkpoint.expect(parameters)
+        checkpoint.expect(parameters, experts=model.store is None)
     expected = set(parameters)
     del parameters
-    done, total = 0, checkpoint.nbytes
+    streamed = model.store is not None
+    done, total = 0, checkpoint.dense_bytes if streamed else checkpoint.nbytes
     with ThreadPoolExecutor(_READERS) as readers:
-        for path, array, nbytes in _arrays(checkpoint, readers):
+        for path, array, nbytes in _arrays(checkpoint, readers, streamed):
             if path in linears and array.dtype == mx.float32:
                 array = array.astype(model.numerics.dtype)
             array = array.astype(scales.get(path, array.dtype))
@@ -72,11 +74,15 @@ def _affine_scales(model: Model) -> Iterator[tuple[str, mx.Dtype]]:
             yield from ((f"{path}.{n}", mx.float32 if wide else model.numerics.dtype) for n in ("scales", "biases"))
 
 
-def _arrays(checkpoint: Checkpoint | Converted, readers: ThreadPoolExecutor) -> Iterator[tuple[str, mx.array, int]]:
+def _arrays(
+    checkpoint: Checkpoint | Converted, readers: ThreadPoolExecutor, streamed: bool
+) -> Iterator[tuple[str, mx.array, int]]:
     if isinstance(checkpoint, Converted):
-        yield from checkpoint.parameters(readers)
+        yield from checkpoint.parameters(readers, experts=not streamed)
         return
     for path, tensors in sources(checkpoint):
+        if streamed and ".ffn.experts." in path:
+            continue
         yield path, parameter(path, tensors, checkpoint, readers), sum(tensor.nbytes for tensor in tensors)
 
 
@@ -131,14 +137,14 @@ def parameter(path: str, tensors: list[StoredTensor], checkpoint: Checkpoint, re
     if path.endswith(".scales"):
         if experts and checkpoint.config.expert_dtype == "fp4":
             return _read(tensors, True, mx.uint8, readers, check_scales=True)
-        parts = [_block_scales(tensor, checkpoint) for tensor in tensors]
+        parts = [expand_blocks(read(tensor), tensor, checkpoint) for tensor in tensors]
         return mx.array(np.stack(parts) if experts else np.concatenate(parts))
     if path.endswith("tid2eid"):
         return mx.array(_expert_table(tensors[0], checkpoint.config.n_routed_experts))
     if len({tensor.dtype for tensor in tensors}) > 1:  # bfloat16 beside float32, which holds both
         wide = [parameter(path, [tensor], checkpoint, readers).astype(mx.float32) for tensor in tensors]
         return mx.concatenate(wide)
-    dtype = _HELD[tensors[0].dtype]
+    dtype = HELD[tensors[0].dtype]
     array = _read(tensors, experts, dtype, readers)
     return array.view(mx.bfloat16) if dtype == mx.uint16 else array
 
@@ -172,9 +178,13 @@ def _split_rows(host: np.ndarray, tensors: list[StoredTensor]) -> list[np.ndarra
     return np.split(host, ends[:-1])
 
 
-def _block_scales(tensor: StoredTensor, checkpoint: Checkpoint) -> np.ndarray:
-    """One scale per block of 128 x 128 -> mxfp8's one per row and 32 columns."""
-    scales = scale_bytes(read(tensor), tensor.name)
+def expand_blocks(stored: np.ndarray, tensor: StoredTensor, checkpoint: Checkpoint) -> np.ndarray:
+    """One scale per block of 128 x 128 -> mxfp8's one per row and 32 columns.
+
+    Raises:
+        CheckpointError: a scale that cannot be right.
+    """
+    scales = scale_bytes(stored, tensor.name)
     rows, columns = checkpoint.tensors[tensor.name.removesuffix(".scale") + ".weight"].shape
     block_rows, block_columns = checkpoint.config.weight_block_size
     return scales.repeat(block_rows, 0)[:rows].repeat(block_columns // 32, 1)[:, : columns // 32]

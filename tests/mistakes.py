@@ -40,7 +40,7 @@ QUERY, NORM, EXPERTS, ROUTE = f"{OPS}/query_rope.py", f"{OPS}/rms_norm.py", f"{O
 SCORES, TOPK, INDEX_QUERY = f"{OPS}/index_scores.py", f"{OPS}/index_topk.py", f"{OPS}/index_query.py"
 ROUND, ATTENTION, TABLES = f"{OPS}/round_trip.py", f"{MODEL}/attention.py", f"{MODEL}/rope.py"
 COMPRESSOR, CACHE, MOE, WEIGHTS = (f"{MODEL}/{n}.py" for n in ("compressor", "cache", "moe", "weights"))
-CHECKPOINT, LINEAR, RESIDENT = (f"{MODEL}/{n}.py" for n in ("checkpoint", "linear", "experts/resident"))
+CHECKPOINT, LINEAR, PRODUCTS = (f"{MODEL}/{n}.py" for n in ("checkpoint", "linear", "experts/products"))
 
 COLUMNS, ROWS = "comb.sum(axis=-2, keepdims=True) + hc_eps)\n", "comb.sum(axis=-1, keepdims=True) + hc_eps)\n"
 SINKHORN = f"        comb = comb / ({ROWS}        comb = comb / ({COLUMNS}"
@@ -183,17 +183,18 @@ CLAMP = [
     wrong("8", "up not clamped", EXPERTS, "mx.clip(u.astype(mx.float32), -limit, limit)", "u.astype(mx.float32)"),
     wrong("8", "clamped after silu", EXPERTS, "mx.minimum(g.astype(mx.float32), limit)", "g.astype(mx.float32)",
           "return g * mx.sigmoid(g)", "return mx.minimum(g * mx.sigmoid(g), limit)"),
-    wrong("8", "no clamp in the shared expert", RESIDENT, "self.w3(x), self._limit)", "self.w3(x), 1e9)"),
+    wrong("8", "no clamp in the shared expert", PRODUCTS, "self.w3(x), self._limit)", "self.w3(x), 1e9)"),
     wrong("8", "no clamp in the shared expert beside few pairs", EXPERTS, "swiglu(g, u, limit).astype(x.dtype)])",
           "swiglu(g, u, 1e9).astype(x.dtype)])"),
-    wrong("8", "no clamp in the routed experts", RESIDENT, "weight, self._limit,", "weight, 1e9,"),
-    wrong("8", "no clamp in the routed experts of few pairs", RESIDENT, "weights.flatten(), self._limit,",
-          "weights.flatten(), 1e9,"),
-    wrong("8", "w1 and w3 swapped in the shared expert", RESIDENT, "swiglu(self.w1(x), self.w3(x)",
+    wrong("8", "no clamp in the routed experts", PRODUCTS, "self.limit, True)", "1e9, True)"),
+    wrong("8", "no clamp in the routed experts of few pairs", PRODUCTS, "self.limit, False, both)",
+          "1e9, False, both)"),
+    wrong("8", "w1 and w3 swapped in the shared expert", PRODUCTS, "swiglu(self.w1(x), self.w3(x)",
           "swiglu(self.w3(x), self.w1(x)"),
-    wrong("8", "w1 and w3 swapped in the routed experts", RESIDENT, "(x, self.w1.weights, self.w3.weights,",
-          "(x, self.w3.weights, self.w1.weights,"),
-    wrong("8", "w1 and w3 of the shared expert swapped beside few pairs", RESIDENT, "(w1, w3)", "(w3, w1)"),
+    wrong("8", "w1 and w3 swapped in the routed experts", PRODUCTS,
+          "        h = expert_gate_up(x, self.w1, self.w3,", "        h = expert_gate_up(x, self.w3, self.w1,"),
+    wrong("8", "w1 and w3 of the shared expert swapped beside few pairs", PRODUCTS,
+          "(packed(shared.w1), packed(shared.w3))", "(packed(shared.w3), packed(shared.w1))"),
     wrong("8", "shared expert left out", EXPERTS, " + shared.astype(mx.float32)", ""),
 ]  # fmt: skip
 
@@ -225,8 +226,8 @@ FORMATS = [
     wrong("10", "E8M0 of the experts as 2^(v - 128)", WEIGHTS,
           "    list(readers.map(read_into, tensors, parts))\n",
           "    list(readers.map(read_into, tensors, parts))\n    host -= 1 if check_scales else 0\n"),
-    wrong("10", "one FP8 scale for each matrix", WEIGHTS, "scale_bytes(read(tensor), tensor.name)\n",
-          "np.full_like(s := scale_bytes(read(tensor), tensor.name), s[0, 0])\n"),
+    wrong("10", "one FP8 scale for each matrix", WEIGHTS, "scale_bytes(stored, tensor.name)\n",
+          "np.full_like(s := scale_bytes(stored, tensor.name), s[0, 0])\n"),
     wrong("10", "wo_a with its groups interleaved", LINEAR, "layer.weight.reshape(G, -1, layer.weight.shape[-1])",
           "mx.contiguous(layer.weight.reshape(-1, G, layer.weight.shape[-1]).swapaxes(0, 1))",
           "array.reshape(G, -1, array.shape[-1])",
@@ -290,10 +291,10 @@ ROUNDING = [
     wrong("inputs", "the router's rounded", MOE, "self.gate(flat,", "self.gate(self._round_input(flat),"),
     wrong("inputs", "the compressors' rounded", ATTENTION, "self.wcompress(x)",
           "self.wcompress(self._round_input(x))"),
-    wrong("inputs", "w2's of the shared expert not rounded", RESIDENT, "self.w2(self._round_input(h))", "self.w2(h)"),
-    wrong("inputs", "w2's of the routed experts not rounded", RESIDENT, "expert_down(self._round_input(h),",
+    wrong("inputs", "w2's of the shared expert not rounded", PRODUCTS, "self.w2(self._round_input(h))", "self.w2(h)"),
+    wrong("inputs", "w2's of the routed experts not rounded", PRODUCTS, "expert_down(self.round_input(h),",
           "expert_down(h,"),
-    wrong("inputs", "w2's of few pairs not rounded", RESIDENT, "expert_down_sum(self._round_input(h),",
+    wrong("inputs", "w2's of few pairs not rounded", PRODUCTS, "expert_down_sum(self.round_input(h),",
           "expert_down_sum(h,"),
     wrong("inputs", "the indexer queries' not rounded", ATTENTION,
           "= stacked_linear(self.wq_b, self._round_input(qr), self._queries)",

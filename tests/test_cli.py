@@ -185,6 +185,17 @@ def test_options_are_checked_before_the_model_is_loaded(args: tuple[str, ...], m
     assert result.exit_code == 1 and "error: " in result.stderr
 
 
+def test_chat_goes_on_with_a_saved_one(folder: Path, tmp_path: Path) -> None:
+    chat = Chat(*load(folder), messages=[{"role": "user", "content": "x"}], system="S")
+    args = ("chat", "--model", folder, "--load", chat.save(tmp_path / "talk"))
+    result = run(*args, stdin="/system\n")
+    assert result.exit_code == 0 and "tokens (0.0%), 1 messages" in result.stdout and "system: S;" in result.stdout
+    (tmp_path / "talk.safetensors").write_bytes(b"damaged")
+    result = run(*args, stdin="what did we say?\n")
+    assert result.exit_code == 1 and "talk.safetensors: expected a conversation" in result.stderr
+    assert result.stdout == ""
+
+
 def test_standard_input_that_is_no_text(folder: Path) -> None:
     result = CliRunner().invoke(main, ["generate", "-", "--model", str(folder)], input=b"a\xff")
     assert result.exit_code == 1 and "error: standard input: expected UTF-8, found" in result.stderr

@@ -73,6 +73,28 @@ def test_mixed_formats_by_layer(source: Path, tmp_path: Path) -> None:
     assert np.isfinite(np.array(model(mx.array([[3, 4, 5]])))).all()
 
 
+@pytest.mark.parametrize("name", ["affine2-g64", "affine3-g32", "nvfp4", "bf16"])
+def test_streamed_experts_compute_the_same_bits(tmp_path: Path, name: str) -> None:
+    many = write_tiny(tmp_path / "s", {**SMALL, "n_routed_experts": 12})
+    recipe = Recipe("t", classes={"routed_w1_w3": name, "routed_w2": "affine4-g64"})
+    converted = convert(many, tmp_path / "t", recipe)
+    # Room for 20 of 24 experts, once a quarter is kept for work.
+    memory = (converted.dense_bytes + (converted.nbytes - converted.dense_bytes) * 20 // 24) * 4 // 3 + 9
+    ids = mx.arange(2, 60)[None]
+    resident, streamed = (load_model(converted.folder, experts=e, memory=memory) for e in ("resident", "stream"))
+    assert streamed.store is not None and not any(streamed.store.whole)
+    for part in (ids, ids[:, :1]):
+        np.testing.assert_array_equal(np.array(resident(part)), np.array(streamed(part)))
+
+
+def test_layers_of_different_formats_are_not_streamed(source: Path, tmp_path: Path) -> None:
+    recipe = Recipe("t", layers=(((0,), {"routed_w2": "affine4-g64"}),))
+    folder = convert(source, tmp_path / "t", recipe).folder
+    message = r"layers.1: expected records as in layers.0(.|\n)*a recipe that gives all"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder, experts="stream")
+
+
 @pytest.mark.parametrize("name", [*RECIPES, "affine3-g32"])
 def test_computed_size_is_what_is_written(source: Path, tmp_path: Path, name: str) -> None:
     recipe = RECIPES.get(name) or everywhere(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,7 @@ def test_terminal_shows_thinking_then_markdown(loaded: tuple[Model, Encoding]) -
         " • a\n"
         " • b\n"
         f"(read 5 of 5 tokens in # · wrote {wrote} at #)\n"
-        "(thought in 1 words, /think show)\n"
+        "(thought in 6 characters, /think show)\n"
         "Done\n"
         f"(read {prompt - 4} of {prompt} tokens in # · wrote 12 at #)\n"
         "Again."
@@ -204,6 +206,19 @@ def test_files_that_cannot_be_read(loaded: tuple[Model, Encoding], tmp_path: Pat
         said = talk(loaded, f"/read {tmp_path / name}\n/ctx\n")
         assert said.startswith(f"error: {tmp_path / name}: expected a text file") and reason in said
         assert "0 messages" in said
+
+
+def test_a_file_beyond_the_context(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    (tmp_path / "long").write_text("x" * 300)
+    said = talk(loaded, f"/read {tmp_path / 'long'}\n", context=300)
+    assert said == f"error: {tmp_path / 'long'}: expected fewer than 300 tokens, the context of this chat, found 300\n"
+
+
+def test_a_chat_of_another_model_is_read_again(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
+    chat = Chat(load(write_tiny(tmp_path / "m", seed=1, layers=(1, 2)))[0], loaded[1])
+    chat.messages = [{"role": "user", "content": "x"}]
+    said = talk(loaded, f"/load {chat.save(tmp_path / 'talk')}\n")
+    assert said == "1 messages; the next turn reads all of them again\n"
 
 
 def test_byte_order_mark_is_not_text(loaded: tuple[Model, Encoding], tmp_path: Path) -> None:
@@ -279,8 +294,7 @@ def test_streamed_markdown_ends_as_if_drawn_at_once(name: str, step: int) -> Non
     def drawn(pieces: list[str]) -> str:
         terminal = Terminal(40, 12)
         console = Console(file=terminal, width=40, height=12, force_terminal=True)  # type: ignore[arg-type]
-        ticks = iter(range(10**6))
-        shown = StreamedMarkdown(console, clock=lambda: float(next(ticks)))
+        shown = StreamedMarkdown(console, clock=always())
         for piece in pieces:
             shown.feed(piece)
         shown.finish()
@@ -341,11 +355,31 @@ def words(text: str) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
+def always() -> Callable[[], float]:
+    """A clock by which drawing takes no time, and a second passes before the next piece."""
+    ticks = itertools.count()
+    return lambda: next(ticks) // 2
+
+
+def test_drawing_takes_a_small_part_of_the_time() -> None:
+    out = io.StringIO()
+    seconds = itertools.count(1)  # one between pieces, one for drawing
+    console = Console(file=out, width=40, height=12, force_terminal=True)
+    shown = StreamedMarkdown(console, clock=lambda: next(seconds))
+    begins = []
+    for n in range(95):
+        before = out.tell()
+        shown.feed("a ")
+        begins += [n] if out.tell() > before else []
+    assert begins[:3] == [0, 9, 18], begins  # 9 s of pause after 1 s of drawing
+    shown.finish()
+    assert out.getvalue().count("\x1b[?2026h") == len(begins) + 1
+
+
 def test_only_changed_lines_are_drawn_again() -> None:
     out = io.StringIO()
     console = Console(file=out, width=40, height=12, force_terminal=True)
-    ticks = iter(range(100))
-    shown = StreamedMarkdown(console, clock=lambda: float(next(ticks)))
+    shown = StreamedMarkdown(console, clock=always())
     shown.feed("first line that is long enough to be wrapped at forty")
     out.seek(0), out.truncate()
     shown.feed(" columns")

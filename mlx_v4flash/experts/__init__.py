@@ -1,5 +1,6 @@
 """Where routed experts live."""
 
-from .resident import ExpertMatrix, ResidentExperts, SharedExpert
+from .products import Experts, SharedExpert
+from .resident import ResidentExperts
 
-__all__ = ["ExpertMatrix", "ResidentExperts", "SharedExpert"]
+__all__ = ["Experts", "ResidentExperts", "SharedExpert"]

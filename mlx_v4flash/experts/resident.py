@@ -1,19 +1,15 @@
-"""All routed experts of a layer in memory, and the shared one."""
+"""All routed experts of a layer in memory."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import FORMATS, ExpertWeights, add_shared, expert_down, expert_down_sum, expert_gate_up, swiglu
+from metal_kernels import FORMATS, ExpertWeights, add_shared
 
 from ..config import ModelConfig
-from ..linear import Numerics, linear, packed
-
-# From this many pairs of token and expert on they are sorted, so that one expert's tokens share a product.
-_SORT_FROM = 64
+from ..linear import Numerics
+from .products import SORT_FROM, ExpertProducts, SharedExpert
 
 
 class ExpertMatrix(nn.Module):
@@ -33,22 +29,6 @@ class ExpertMatrix(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         return ExpertWeights(self.weight, self.get("scales"), self.mode, self.get("biases"), self.bits, self.group_size)
-
-
-class SharedExpert(nn.Module):
-    """The expert every token uses; clamped like the others, without a weight."""
-
-    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
-        super().__init__()
-        D, F = config.hidden_size, config.moe_intermediate_size
-        self.w1, self.w2, self.w3 = linear(config, D, F), linear(config, F, D), linear(config, D, F)
-        self._limit = config.swiglu_limit
-        self._round_input = numerics.round_input
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[T, D], rounded if activations are -> [T, D]."""
-        h = swiglu(self.w1(x), self.w3(x), self._limit).astype(x.dtype)
-        return self.w2(self._round_input(h))
 
 
 class ResidentExperts(nn.Module):
@@ -72,31 +52,18 @@ class ResidentExperts(nn.Module):
         Returns:
             [T, D] in the type of x; float32 inside.
         """
-        if ids.size < _SORT_FROM:
-            return self._few(x, ids, weights, shared)
-        return add_shared(self._sorted(x, ids, weights), shared(x))
-
-    def _few(self, x: mx.array, ids: mx.array, weights: mx.array, shared: SharedExpert) -> mx.array:
-        """The shared expert in the same products, since each of them waits for little but its weights."""
-        w1, w3, w2 = (packed(layer) for layer in (shared.w1, shared.w3, shared.w2))
-        token, both = _token_of_pair(*ids.shape), (w1, w3)
-        h = expert_gate_up(
-            x, self.w1.weights, self.w3.weights, token, ids.flatten(), weights.flatten(), self._limit, False, both
-        )
-        return expert_down_sum(self._round_input(h), self.w2.weights, ids, w2)
-
-    def _sorted(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-        """Products of each token's experts, [T, A, D]; pairs with the same expert are multiplied together."""
-        T, A = ids.shape
-        expert = ids.flatten()
-        order = mx.argsort(expert)
-        token, expert, weight = order // A, expert[order], weights.flatten()[order]
-        h = expert_gate_up(x, self.w1.weights, self.w3.weights, token, expert, weight, self._limit, True)
-        y = expert_down(self._round_input(h), self.w2.weights, expert, True)
-        return y[mx.argsort(order)].reshape(T, A, -1)
+        products = ExpertProducts(self.w1.weights, self.w3.weights, self.w2.weights, self._limit, self._round_input)
+        return compute_all(products, x, ids, weights, shared)
 
 
-@cache
-def _token_of_pair(T: int, A: int) -> mx.array:
-    """A constant, so that a decode step does not compute it."""
-    return mx.array([pair // A for pair in range(T * A)], mx.int32)
+def compute_all(
+    products: ExpertProducts, x: mx.array, ids: mx.array, weights: mx.array, shared: SharedExpert
+) -> mx.array:
+    """With the matrices of every expert; as `ResidentExperts`."""
+    if ids.size < SORT_FROM:
+        return products.few(x, ids, weights, shared)
+    T, A = ids.shape
+    expert = ids.flatten()
+    order = mx.argsort(expert)
+    y = products.run(x, order // A, expert[order], weights.flatten()[order])
+    return add_shared(y[mx.argsort(order)].reshape(T, A, -1), shared(x))

@@ -47,5 +47,6 @@ def chat(
         screen,
     )
     if saved is not None:
-        repl.handle(f"/load {saved}")
+        conversation.load(saved)
+        repl.handle("/ctx")
     repl.run()

@@ -71,7 +71,11 @@ def read(repl: Repl, argument: str) -> None:
     """Read a text file into the conversation; then ask about it"""
     file = _path("/read", argument)
     text = _text_of(file)
-    repl.screen.note(f"{file.name}: {len(repl.chat.encoding.vocabulary.encode([text])):,} tokens")
+    tokens = len(repl.chat.encoding.vocabulary.encode([text]))
+    if tokens >= repl.chat.context:
+        raise RequestError(f"{file}: expected fewer than {repl.chat.context:,} tokens, the context of this chat, found "
+                           f"{tokens:,}")  # fmt: skip
+    repl.screen.note(f"{file.name}: {tokens:,} tokens")
     message = f"[file name]: {file.name}\n[file content begin]\n{text}\n[file content end]"
     before = len(repl.chat.messages)
     with repl.screen.prefill() as (progress, _), busy(repl.chat.stop):
@@ -89,7 +93,8 @@ def save(repl: Repl, argument: str) -> None:
 def load(repl: Repl, argument: str) -> None:
     """Go on with a conversation from a file"""
     tokens = repl.chat.load(_path("/load", argument))
-    repl.screen.note(f"{len(repl.chat.messages)} messages; {tokens:,} tokens need not be read again")
+    known = f"{tokens:,} tokens need not be read again" if tokens else "the next turn reads all of them again"
+    repl.screen.note(f"{len(repl.chat.messages)} messages; {known}")
 
 
 def undo(repl: Repl, argument: str) -> None:

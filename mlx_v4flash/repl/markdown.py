@@ -17,6 +17,9 @@ from ..terminal import clean
 # Redraws per second; more is not seen.
 _RATE = 15.0
 
+# A long block takes long to draw, and the next token waits for it. At least this many times as long nothing is drawn.
+_PAUSE = 9.0
+
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _CONTINUES = re.compile(r"\s|[-*+](\s|$)|\d{1,9}[.)](\s|$)|[-*+\d]$")
 
@@ -63,15 +66,16 @@ class StreamedMarkdown:
         self._text = ""
         self._drawn: list[str] = []
         self._any = False
-        self._last = float("-inf")
+        self._next = float("-inf")
 
     def feed(self, text: str) -> None:
         """More text; its control characters become visible."""
         self._text += clean(text).expandtabs(4)
         now = self._clock()
-        if now - self._last >= 1 / _RATE:
-            self._last = now
+        if now >= self._next:
             self._update()
+            drawn = self._clock()
+            self._next = drawn + max(1 / _RATE, _PAUSE * (drawn - now))
 
     def finish(self) -> None:
         """Draw what is left."""

@@ -107,7 +107,7 @@ class Screen:
             self._write(text, "dim italic")
         elif self._moves_cursor and self._pieces % 8 == 1:
             self.console.file.write("\r\x1b[K")
-            self.console.print(Styled(f"thinking, {len(self.thoughts.split()):,} words", style="dim italic"), end="")
+            self.console.print(Styled(f"thinking, {len(self.thoughts):,} characters", style="dim italic"), end="")
             self.console.file.flush()
 
     def _end_reasoning(self) -> None:
@@ -118,7 +118,7 @@ class Screen:
             self._write("\n\n" if not self.thoughts.endswith("\n") else "\n")
         elif self.console.is_terminal:
             self.console.file.write("\r\x1b[K" if self._moves_cursor else "")
-            self.note(f"(thought in {len(self.thoughts.split()):,} words, /think show)")
+            self.note(f"(thought in {len(self.thoughts):,} characters, /think show)")
         self._line_open = False
 
     def _end(self, usage: Usage) -> None:

@@ -1,0 +1,162 @@
+"""From a checkpoint and an amount of memory to a model whose experts are streamed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig
+from ..converted import Converted
+from ..errors import RequestError
+from .pool import record_bytes
+from .source import PackSource, ShardSource, Source
+from .store import STAGING, ExpertStore
+from .streamed import StreamedExperts
+from .trace import TraceWriter
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+CHOICES = ("auto", "resident", "stream")
+# Of the memory, what is left to caches, activations and MLX's own buffers.
+WORKING_BYTES = 2 << 30
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_bytes(value: str | int | None) -> int | None:
+    """ "48GB", "1.5TiB" or a number of bytes.
+
+    Raises:
+        RequestError: anything else.
+    """
+    if value is None or (type(value) is int and value > 0):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise RequestError(f"memory: expected a number of bytes such as 48GB or 64GiB, found {value!r}")
+    units = _BINARY if found[3] else _UNITS
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def usable_bytes() -> int:
+    """What a model may take of this machine's memory: a quarter of it, or 8 GiB, is left to everything else."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    usable = total - max(total // 4, 8 << 30)
+    if mx.metal.is_available():
+        usable = min(usable, int(mx.device_info()["max_recommended_working_set_size"]))
+    return max(usable, total // 4)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Slots of each layer and of the staging range."""
+
+    slots: list[int]
+    staging: int
+
+
+def divide(source: Source, config: ModelConfig, expert_bytes: int) -> Division:
+    """The same number of slots for each layer out of so many bytes.
+
+    Raises:
+        RequestError: not enough for one token's experts in every layer.
+    """
+    layers, E, record = config.num_hidden_layers, config.n_routed_experts, record_bytes(source.shapes)
+    if expert_bytes >= layers * E * record:
+        return Division([E] * layers, 0)
+    staging = min(E, STAGING)
+    each = (expert_bytes // record - staging) // layers
+    least = config.num_experts_per_tok
+    if each < least:
+        needed = (least * layers + staging) * record
+        raise RequestError(
+            f"memory: expected at least {needed:,} bytes for routed experts, found {max(expert_bytes, 0):,} beside the "
+            "other weights\nhint: allow more (--memory), or close other programs"
+        )
+    return Division([min(each, E)] * layers, staging)
+
+
+def chosen_division(
+    checkpoint: Checkpoint | Converted, source: Callable[[], Source], experts: str, memory: int | None
+) -> Division | None:
+    """How experts are held; None if all of them are, as parameters of the model.
+
+    Args:
+        experts: one of CHOICES; "auto" streams what does not fit.
+        memory: bytes for weights and work; `usable_bytes` if absent.
+
+    Raises:
+        RequestError: experts is something else, or the memory does not suffice.
+    """
+    if experts not in CHOICES:
+        raise RequestError(f"experts: expected {', '.join(CHOICES)}, found {experts!r}")
+    if experts == "resident":
+        return None
+    budget = usable_bytes() if memory is None else memory
+    working = min(WORKING_BYTES, budget // 4)
+    if experts == "auto" and checkpoint.nbytes + working <= budget:
+        return None
+    opened = source()
+    routed = record_bytes(opened.shapes) * checkpoint.config.n_routed_experts * checkpoint.config.num_hidden_layers
+    dense = max(checkpoint.nbytes - routed, 0)
+    return divide(opened, checkpoint.config, budget - dense - working)
+
+
+def open_source(checkpoint: Checkpoint | Converted, verify: bool = False) -> Source:
+    return PackSource(checkpoint, verify) if isinstance(checkpoint, Converted) else ShardSource(checkpoint, verify)
+
+
+def attach(model: Model, source: Source, division: Division, **options: Any) -> ExpertStore:
+    """Put streamed experts in the place of resident ones, whose parameters are gone then.
+
+    Args:
+        options: of `ExpertStore`.
+    """
+    store = ExpertStore(source, division.slots, model.config.n_routed_experts, staging=division.staging, **options)
+    for number, layer in enumerate(model.layers):
+        layer.ffn.experts = StreamedExperts(store, number, model.config, model.numerics)
+    model.around = store.step
+    model.store = store
+    return store
+
+
+def begin(model: Model, store: ExpertStore, progress: Callable[[int, int], None] | None = None) -> None:
+    """After the other weights are loaded: read the layers held whole, and note which layers route by token id.
+
+    Raises:
+        ExpertReadError, CheckpointError: a record cannot be read or be right.
+    """
+    store.load_whole(progress)
+    gates = {n: layer.ffn.gate for n, layer in enumerate(model.layers) if layer.ffn.gate.hashed}
+    store.route_by_token({n: np.array(gate.tid2eid) for n, gate in gates.items()})
+
+
+def follow(model: Model, path: Path) -> None:
+    """Write the experts that every pass chooses to a file.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    c, around = model.config, model.around
+    trace = TraceWriter(path, c.num_hidden_layers, c.n_routed_experts, c.num_experts_per_tok)
+
+    @contextmanager
+    def traced(ids: mx.array) -> Iterator[None]:
+        trace.start()
+        with around(ids):
+            yield
+        trace.end()
+
+    model.around = traced
+    for layer in model.layers:
+        layer.ffn.watch = trace.add

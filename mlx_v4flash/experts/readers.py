@@ -1,0 +1,168 @@
+"""Bytes of a file into memory: three ways behind one protocol. Any number of threads may read at once."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+Buffers = Sequence[memoryview]
+
+
+class Reader(Protocol):
+    """Of one open file."""
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        """Fill writable byte buffers, one after another, from this byte of the file on.
+
+        Raises:
+            OSError: the system cannot read, or the file is not as it was when it was opened.
+            EOFError: it ends before; the text says how many bytes there were.
+        """
+
+    def close(self) -> None: ...
+
+
+class PlainReader:
+    """`preadv`, through the page cache. A file that is replaced under its name goes on being read as it was."""
+
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, self.flags)
+        self._seen = self._state()
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        fill(self.fd, offset, list(buffers))
+        self.expect_unchanged()
+
+    def expect_unchanged(self) -> None:
+        """Called after the bytes are read, so that a change while reading is found too."""
+        if self._state() != self._seen:
+            raise OSError("it was written to after the model was loaded")
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self.fd)
+        return found.st_size, found.st_mtime_ns
+
+
+class DirectReader(PlainReader):
+    """Past the page cache: F_NOCACHE on macOS, where memory of MLX is aligned; elsewhere O_DIRECT and a copy.
+
+    Raises:
+        OSError: the file system cannot.
+    """
+
+    flags = PlainReader.flags | getattr(os, "O_DIRECT", 0)
+    # Of offsets, lengths and addresses; divides what any file system asks for.
+    block = 4096
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._own = threading.local()
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(self.fd, fcntl.F_NOCACHE, 1)
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        if sys.platform == "darwin":
+            super().read(offset, buffers)
+            return
+        start, nbytes = offset // self.block * self.block, sum(len(b) for b in buffers)
+        length = -(-(offset + nbytes - start) // self.block) * self.block
+        bounce = self._bounce(length)
+        done, count = 0, -1
+        while done < length and count:  # the last block of a file may be a part of one
+            with memoryview(bounce) as whole, whole[done:length] as rest:
+                count = os.preadv(self.fd, [rest], start + done)
+            done += count
+            if count % self.block:
+                break
+        position = offset - start
+        if done < position + nbytes:
+            raise EOFError(f"{max(done - position, 0):,} bytes")
+        with memoryview(bounce) as whole:
+            for buffer in buffers:
+                buffer[:] = whole[position : position + len(buffer)]
+                position += len(buffer)
+        self.expect_unchanged()
+
+    def _bounce(self, nbytes: int) -> mmap.mmap:
+        """Page-aligned memory of this thread."""
+        held: mmap.mmap | None = getattr(self._own, "memory", None)
+        if held is None or len(held) < nbytes:
+            held = self._own.memory = mmap.mmap(-1, nbytes)
+        return held
+
+
+class MapReader(PlainReader):
+    """Copies out of a memory map. Never chosen by itself: a disk that fails under a map ends the process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._map = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
+
+    def read(self, offset: int, buffers: Buffers) -> None:
+        self.expect_unchanged()  # before: touching what was cut off ends the process
+        if offset + sum(len(b) for b in buffers) > len(self._map):
+            raise EOFError(f"{max(len(self._map) - offset, 0):,} bytes")
+        with memoryview(self._map) as whole:
+            for buffer in buffers:
+                buffer[:] = whole[offset : offset + len(buffer)]
+                offset += len(buffer)
+
+    def close(self) -> None:
+        self._map.close()
+        super().close()
+
+
+READERS: dict[str, type[PlainReader]] = {"pread": PlainReader, "direct": DirectReader, "map": MapReader}
+
+
+def fill(fd: int, offset: int, buffers: list[memoryview]) -> None:
+    """Fill all buffers; the system may give less than it was asked for.
+
+    Raises:
+        OSError, EOFError: as `Reader.read`.
+    """
+    done = 0
+    while buffers:
+        count = os.preadv(fd, buffers, offset + done)
+        if not count:
+            raise EOFError(f"{done:,} bytes")
+        done += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = buffers[0][count:]
+
+
+class Files:
+    """Readers of one kind, one for each file, opened when first needed."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._open: dict[Path, Reader] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, offset: int, buffers: Buffers) -> None:
+        """As `Reader.read`."""
+        with self._lock:
+            reader = self._open.get(path)
+            if reader is None:
+                reader = self._open[path] = READERS[self.kind](path)
+        reader.read(offset, buffers)
+
+    def close(self) -> None:
+        with self._lock:
+            for reader in self._open.values():
+                reader.close()
+            self._open.clear()

@@ -1,0 +1,267 @@
+"""Routed experts of a model in memory and on disk: what is where, and how it gets there."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .eviction import LRU, Eviction
+from .pool import Record, allocate
+from .products import SORT_FROM
+from .readers import Files
+from .residency import Residency
+from .source import Source
+from .statistics import LayerCounts, Statistics
+
+# Slots of the staging range. Prefill uses halves of it in turn; calls of fewer than SORT_FROM pairs may need all.
+STAGING = SORT_FROM
+THREADS = 4
+# Results of a layer that may be unfinished at once.
+_NOTED = 8
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Loads:
+    """Reads and copies under way, all begun at once; `experts` are loading in the layer's own slots."""
+
+    layer: int
+    experts: list[int]
+    futures: list[Future[float]]
+    begun_s: float
+
+
+class ExpertStore:
+    """Memory of every layer's experts, and the threads that fill it.
+
+    Nothing is written that an unfinished graph reads: results of calls are kept until the next write to their slots,
+    and waited for then. Usually they are finished by that time, and the wait is none.
+
+    Args:
+        slots: of each layer; as many as there are experts hold the layer whole.
+        staging: slots that all layers share, for calls that need more experts than their layer has slots.
+        eviction: makes the policy of one layer.
+        threads: that read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        slots: Sequence[int],
+        experts: int,
+        *,
+        staging: int | None = None,
+        eviction: Callable[[], Eviction] = LRU,
+        files: Files | None = None,
+        threads: int = THREADS,
+    ) -> None:
+        staging = min(experts, STAGING) if staging is None else staging
+        self.experts, self.source = experts, source
+        self.whole = [n >= experts for n in slots]
+        streamed = not all(self.whole)
+        ranges = allocate(source.shapes, [*slots, *([staging] if streamed else [])])
+        self.ranges = ranges[: len(slots)]
+        self.staging = ranges[-1] if streamed else None
+        self.tables = [Residency(n, eviction()) for n in slots]
+        self.statistics = Statistics([LayerCounts() for _ in slots])
+        self._hashed: dict[int, np.ndarray] = {}
+        self._known: dict[int, np.ndarray] = {}
+        self._staged: dict[int, Loads] = {}
+        self._reading: dict[int | None, list[mx.array]] = {}
+        self._running: set[Future[float]] = set()
+        self._broken = False
+        self._files = files or Files("pread")
+        self._pool = ThreadPoolExecutor(threads, "experts")
+        weakref.finalize(self, self._files.close)
+
+    def load_whole(self, progress: Progress | None = None) -> None:
+        """Read the layers that are held whole.
+
+        Raises:
+            ExpertReadError, CheckpointError: a record cannot be read or be right.
+        """
+        layers = [n for n, whole in enumerate(self.whole) if whole]
+        for done, layer in enumerate(layers, 1):
+            try:
+                self.finish(self._load(layer, list(range(self.experts)), in_order=True))
+            except BaseException:
+                self.abandon()
+                raise
+            if progress is not None:
+                progress(done, len(layers))
+        self.statistics = Statistics([LayerCounts() for _ in self.ranges])
+
+    def route_by_token(self, tables: dict[int, np.ndarray]) -> None:
+        """Say which layers choose experts by token id: their tables [V, A]."""
+        self._hashed = {layer: table for layer, table in tables.items() if not self.whole[layer]}
+
+    @contextmanager
+    def step(self, ids: mx.array) -> Iterator[None]:
+        """One forward pass of the tokens [B, T]: experts that follow from them begin to load at once."""
+        try:
+            self.settle()
+            self.statistics.tokens += ids.size
+            if self._hashed:
+                tokens = np.array(ids).reshape(-1)  # waits, if they are the result of a pass under way
+                for layer, table in self._hashed.items():
+                    self._known[layer] = chosen = table[tokens]
+                    distinct = np.unique(chosen).tolist()
+                    if chosen.size < SORT_FROM and len(distinct) <= self.tables[layer].slots:
+                        self._staged[layer] = self.stage(layer, distinct)
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            self._known.clear()
+            self._staged.clear()
+
+    def chosen(self, layer: int, ids: mx.array) -> np.ndarray:
+        """Numbers of the chosen experts [T, A], on the host: the one wait of a streamed layer."""
+        known = self._known.pop(layer, None)
+        if known is not None:
+            return known
+        self.statistics.syncs += 1
+        mx.eval(ids)
+        return np.array(ids)
+
+    def stage(self, layer: int, distinct: list[int]) -> Loads:
+        """Begin to load those of the experts that the layer's own slots do not hold; all of them will stay there."""
+        if layer in self._staged:
+            return self._staged.pop(layer)
+        self.settle()
+        missing = self.count(layer, distinct)
+        return self._load(layer, missing, keep=distinct)
+
+    def count(self, layer: int, distinct: list[int]) -> list[int]:
+        """Note that a call uses these experts; those that are not in the layer's slots."""
+        table, counts = self.tables[layer], self.statistics.layers[layer]
+        missing = table.missing(distinct)
+        table.use(distinct)
+        counts.used += len(distinct)
+        counts.hits += len(distinct) - len(missing)
+        return missing
+
+    def stage_apart(self, layer: int, experts: list[int], first: int) -> Loads:
+        """Begin to bring experts into the staging range, one slot each from `first` on: from disk or a slot."""
+        assert self.staging is not None
+        self.await_readers(None)
+        table = self.tables[layer]
+        jobs: list[tuple[Callable[..., float], tuple[object, ...]]] = []
+        for slot, expert in enumerate(experts, first):
+            target = self.staging.record(slot)
+            held = table.resident.get(expert)
+            if held is None:
+                jobs.append((self._read, (layer, expert, target)))
+            else:
+                jobs.append((_copy, (self.ranges[layer].record(held), target)))
+        return self._begin(layer, [], jobs)
+
+    def seed(self, layer: int, staged: dict[int, int], keep: Sequence[int]) -> Loads:
+        """Begin to copy experts from the staging range to the layer's own slots, which give up others.
+
+        Args:
+            staged: slots in the staging range, by expert.
+            keep: resident experts that must stay.
+        """
+        assert self.staging is not None
+        self.await_readers(layer)
+        table, own = self.tables[layer], self.ranges[layer]
+        claimed = table.claim(list(staged), keep)
+        self.statistics.layers[layer].evictions = table.evictions
+        jobs = [(_copy, (self.staging.record(staged[e]), own.record(slot))) for e, slot in claimed.items()]
+        return self._begin(layer, list(staged), jobs)
+
+    def finish(self, loads: Loads) -> None:
+        """Wait until they are done.
+
+        Raises:
+            ExpertReadError, CheckpointError: the first thing that went wrong.
+        """
+        begun = time.perf_counter()
+        ended = [done_s for future in loads.futures if (done_s := future.result())]
+        self._running.difference_update(loads.futures)
+        for expert in loads.experts:
+            self.tables[loads.layer].loaded(expert)
+        if ended:
+            self.statistics.wait_s += time.perf_counter() - begun
+            self.statistics.disk_s += max(ended) - loads.begun_s
+
+    def reads(self, layer: int | None, *results: mx.array) -> None:
+        """Note results that are computed from a layer's slots, or from the staging range (None)."""
+        noted = self._reading.setdefault(layer, [])
+        noted.extend(results)
+        if len(noted) > _NOTED:  # they are of earlier tokens, and finished
+            mx.eval(noted[:-_NOTED])
+            del noted[:-_NOTED]
+
+    def await_readers(self, layer: int | None) -> None:
+        """Wait for what was noted, so that the slots may be written."""
+        mx.eval(self._reading.pop(layer, []))
+
+    def abandon(self) -> None:
+        """After an exception: nothing that is loading counts as loaded, and what has not begun never begins."""
+        self._broken = True
+        self._known.clear()
+        self._staged.clear()
+        for future in self._running:
+            future.cancel()
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self.abandon()
+        self._pool.shutdown(cancel_futures=True)
+        self._files.close()
+
+    def settle(self) -> None:
+        """After `abandon`: wait for reads that could not be stopped, then free their slots."""
+        if not self._broken:
+            return
+        wait(self._running)
+        self._running.clear()
+        for table in self.tables:
+            for expert in list(table.loading):
+                table.failed(expert)
+        self._broken = False
+
+    def _load(self, layer: int, missing: list[int], keep: Sequence[int] = (), in_order: bool = False) -> Loads:
+        if not missing:
+            return Loads(layer, [], [], 0.0)
+        self.await_readers(layer)
+        table, own = self.tables[layer], self.ranges[layer]
+        claimed = table.claim(missing, keep)
+        assert not in_order or all(e == slot for e, slot in claimed.items())
+        self.statistics.layers[layer].evictions = table.evictions
+        jobs = [(self._read, (layer, e, own.record(slot))) for e, slot in claimed.items()]
+        return self._begin(layer, missing, jobs)
+
+    def _begin(
+        self, layer: int, experts: list[int], jobs: Sequence[tuple[Callable[..., float], tuple[object, ...]]]
+    ) -> Loads:
+        loads = Loads(layer, experts, [], time.perf_counter())
+        for job, arguments in jobs:
+            future = self._pool.submit(job, *arguments)
+            self._running.add(future)
+            loads.futures.append(future)
+        return loads
+
+    def _read(self, layer: int, expert: int, into: Record) -> float:
+        """By a thread of the pool; the time when it was done."""
+        nbytes = self.source.read(layer, expert, into, self._files)
+        self.statistics.add_read(nbytes)
+        return time.perf_counter()
+
+
+def _copy(source: Record, target: Record) -> float:
+    """By a thread of the pool; 0, since the disk had no part in it."""
+    for name, values in source.items():
+        np.copyto(target[name], values)
+    return 0.0
