@@ -68,6 +68,8 @@ class Calibrated(Rounding):
         whole = (config.head_dim - config.qk_rope_head_dim) % 64 == 0 and config.index_head_dim % 32 == 0
         self.numerics = Numerics(mx.float32, simulate_cache_quant=whole)
         self.model = Model(config, self.numerics)
+        self._state_bytes = 4 * sum(map(len, ids)) * config.hc_mult * config.hidden_size
+        self.scratch_bytes = 2 * self._state_bytes
 
     def identity(self) -> dict[str, Any]:
         text = {"tokens": sum(map(len, self.ids)), "crc32": zlib.crc32(repr(self.ids).encode())}
@@ -209,9 +211,8 @@ class Calibrated(Rounding):
             return
         for earlier in range(1, number):
             self._state(earlier).unlink(missing_ok=True)
-        count = sum(map(len, self.ids)) * c.hc_mult * c.hidden_size
         path = self._state(number)
-        if not path.is_file() or path.stat().st_size != 4 * count:
+        if not path.is_file() or path.stat().st_size != self._state_bytes:
             raise ConvertError(
                 f"{path}: expected what entered layer {number} when this conversion was interrupted, found "
                 f"{'another size' if path.is_file() else 'nothing'}\nhint: remove {self.target} and convert again"

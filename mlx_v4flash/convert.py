@@ -99,17 +99,20 @@ def measure_disk(folder: Path, nbytes: int = 1 << 26) -> float:
         raise ConvertError(f"{folder}: cannot be written: {e.strerror}\nhint: check its space and permissions") from e
 
 
-def check_space(job: Plan, target: Path) -> int:
+def check_space(job: Plan, target: Path, scratch: int = 0) -> int:
     """Bytes still needed.
+
+    Args:
+        scratch: bytes that are needed for a while beside the result.
 
     Raises:
         ConvertError: the disk has less free.
     """
     there = sum(p.stat().st_size for p in target.iterdir() if p.is_file()) if target.is_dir() else 0
     needed, free = max(0, job.total_bytes - there), shutil.disk_usage(_existing(target)).free
-    if needed > free:
+    if needed + scratch > free:
         raise ConvertError(
-            f"{target}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB\n"
+            f"{target}: expected {(needed + scratch) / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB\n"
             "hint: free some space, or choose a folder on another disk"
         )
     return needed
@@ -172,7 +175,7 @@ class _Job:
     def __init__(self, source: FolderSource, target: Path, rounding: Rounding) -> None:
         self.source, self.target, self.rounding = source, target, rounding
         self.plan = plan(source, rounding.recipe)
-        check_space(self.plan, target)
+        check_space(self.plan, target, rounding.scratch_bytes)
         self.identity = source.identity() | rounding.identity()
         head = {"format": FORMAT, "version": VERSION, **self.identity}
         self.journal = Journal(target / JOURNAL, head)

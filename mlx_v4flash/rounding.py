@@ -26,6 +26,8 @@ class Rounding:
         stored, formats: of every matrix in the checkpoint, and of those that are to change, by path in the model.
     """
 
+    scratch_bytes = 0  # on disk, of what a rounding must know to continue
+
     def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
         self.recipe = recipe
         self.stored = {path: format_of(module) for path, module in matrices(Model(config, Numerics()))}

@@ -6,10 +6,13 @@ import errno
 import json
 import os
 import random
+import shutil
 import string
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -34,7 +37,9 @@ SMALL = {
     "num_experts_per_tok": 2, "num_attention_heads": 2,
 }  # fmt: skip
 THREE = Recipe("three", classes={kind: "affine3-g64" for kind in CLASSES if kind != "embedding"})
-FEW = Recipe("few", classes={"routed_w2": "affine2-g128", "attention_q": "mxfp4", "shared": "bf16"})
+FEW = Recipe(
+    "few", classes={"routed_w2": "affine2-g128", "attention_q": "mxfp4", "shared": "bf16", "head": "affine4-g128"}
+)
 # Letters by chance: a random model has no use for words, and the same ones again would say nothing new.
 TEXT = "".join(random.Random(0).choices(string.ascii_letters + string.digits, k=1400))
 TOKENS = 1200
@@ -129,6 +134,30 @@ def test_streams_between_layers_are_those_of_the_converted_model(
         x = layer(x, mx.array(ids[:1]), cache[number], rotations)
         found = kept[number + 1][0]
         np.testing.assert_allclose(np.array(found), np.array(x), atol=2e-3 * np.abs(np.array(x)).max())
+
+
+def test_from_hub_shard_by_shard(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_tiny(tmp_path / "s", SMALL, shard_bytes=100_000)
+    want = contents(convert(source, tmp_path / "want", text).folder)
+    names, most = sorted(p.name for p in source.iterdir()), 0
+
+    def download(repository: str, file: str, revision: str, local_dir: Path) -> str:
+        nonlocal most
+        local_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / file, local_dir / file)
+        most = max(most, len(list(local_dir.glob("*.safetensors"))))
+        return str(local_dir / file)
+
+    info = SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=n) for n in names])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *a, **k: info))
+    target = tmp_path / "t"
+    opened = conversion.open_source("a/b", target, from_hub=True)
+    found = conversion.convert(opened, target, rounding=Calibrated(opened, target, FEW, read_text(opened, text, 200)))
+    assert {n: b for n, b in contents(found.folder).items() if n != INDEX} == {
+        n: b for n, b in want.items() if n != INDEX
+    }
+    assert most <= 2 < len(list(source.glob("*.safetensors")))
 
 
 def test_lost_state_is_named(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
