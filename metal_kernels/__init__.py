@@ -14,7 +14,7 @@ from .index_scores import index_scores
 from .index_topk import index_topk
 from .latents import latents
 from .project_f32 import project_f32
-from .quantized_product import quantized_product
+from .quantized_product import AFFINE_BITS, AFFINE_GROUPS, FORMATS, quantized_product
 from .query_rope import query_rope
 from .rms_norm import rms_norm
 from .rope import rope
@@ -27,6 +27,9 @@ from .stream_expand import stream_expand
 from .stream_mix import stream_head_mix, stream_mix
 
 __all__ = [
+    "AFFINE_BITS",
+    "AFFINE_GROUPS",
+    "FORMATS",
     "ExpertWeights",
     "KernelError",
     "Quant",

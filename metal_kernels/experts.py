@@ -8,15 +8,12 @@ import mlx.core as mx
 
 from ._dispatch import KernelError, expect_shape, kernel, scalar, use_expert_prefill, use_kernel
 from .expert_prefill import down_prefill, gate_up_prefill
-from .quantized_product import BITS, summed_in_float32
+from .quantized_product import AFFINE_BITS, AFFINE_GROUPS, BITS, FORMATS, quantized_product, summed_in_float32
 
 # The kernels read an expert once for each of its pairs, which pays for few of them; MLX's products are for more.
 MAX_PAIRS = 96
 # A simdgroup of the sum over experts takes one of them.
 MAX_CHOSEN = 16
-# Bits and columns for each scale, of the formats that fix them; those of affine weights.
-FORMATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _LIMIT = f"up to {MAX_PAIRS} pairs and {MAX_CHOSEN} experts per token of quantised weights, of at least 8 words"
 _TILED = "mxfp4 or mxfp8 weights of one format, of at least 8 words"
 # Rows that a simdgroup takes of each matrix, and the simdgroups of a threadgroup.
@@ -268,9 +265,4 @@ def _product(x: mx.array, w: ExpertWeights) -> mx.array:
     """x [T, columns] times the shared expert's matrix."""
     if w.scales is None:
         return x @ w.weight.T
-    bits, group_size = w.packing
-    y = mx.quantized_matmul(
-        summed_in_float32(x), w.weight, w.scales, w.biases, transpose=True, group_size=group_size, bits=bits,
-        mode=w.mode,
-    )  # fmt: skip
-    return y.astype(x.dtype)
+    return quantized_product(x, w.weight, w.scales, w.mode, w.biases, w.bits, w.group_size)

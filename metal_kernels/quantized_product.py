@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-GROUP_SIZE = 32
+# Bits and columns for each scale, of the formats that fix them; those of affine weights.
+FORMATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+# Formats whose scales are powers of two.
 BITS = {"mxfp4": 4, "mxfp8": 8}
 
 
-def quantized_product(x: mx.array, weight: mx.array, scales: mx.array, mode: str) -> mx.array:
-    """x @ weight.T for mxfp4 or mxfp8 weights.
+def quantized_product(
+    x: mx.array, weight: mx.array, scales: mx.array, mode: str, biases: mx.array | None = None,
+    bits: int | None = None, group_size: int | None = None,
+) -> mx.array:  # fmt: skip
+    """x @ weight.T for packed weights.
 
     Args:
         x: [..., M, K], any float type.
-        weight: [..., N, K * bits / 32], uint32; scales: [..., N, K / 32], uint8.
+        weight: [..., N, K * bits / 32], uint32; scales: [..., N, K / group_size], uint8, or floats if affine.
+        mode: "mxfp4", "mxfp8", "nvfp4", or "affine" with biases in the shape of the scales.
+        bits, group_size: of affine weights; the other modes fix them.
 
     Returns:
         [..., M, N] in the type of x; one rounding at the end.
     """
+    if mode in FORMATS:
+        bits, group_size = FORMATS[mode]
     y = mx.quantized_matmul(
-        summed_in_float32(x), weight, scales, transpose=True, group_size=GROUP_SIZE, bits=BITS[mode], mode=mode
+        summed_in_float32(x), weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode
     )
     return y.astype(x.dtype)
 

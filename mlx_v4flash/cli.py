@@ -108,8 +108,13 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 
 
 @main.command()
-@click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("source", required=False)
+@click.argument("target", required=False, type=click.Path(path_type=Path))
+@click.option("--recipe", default="native", show_default=True, help="Formats: a name of --list, or a TOML file.")
+@click.option("--calibrate", type=PATH, help="A text: round for the inputs it gives, layer by layer. Slow, and better.")
+@click.option("--calibrate-tokens", default=32768, show_default=True, help="How much of the text to use.")
+@click.option("--list", "listed", is_flag=True, help="Print the named recipes with their sizes for the real model.")
+@click.option("--json", "as_json", is_flag=True, help="With --list: print JSON instead of a table.")
 @click.option("--from-hub", is_flag=True, help="SOURCE is a repository: download, convert and remove file by file.")
 @click.option("--revision", help="With --from-hub: branch, tag or commit.")
 @click.option("--keep-source", is_flag=True, help="With --from-hub: keep what was downloaded.")
@@ -117,21 +122,33 @@ def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, *
 @click.option("--dry-run", is_flag=True, help="Print sizes, time and free space needed; write nothing.")
 @click.option("--verify", is_flag=True, help="Read everything again and compare checksums.")
 def convert(
-    source: str, target: Path, from_hub: bool, revision: str | None, keep_source: bool, plain: bool, **options: bool
-) -> None:
+    source: str | None, target: Path | None, recipe: str, calibrate: Path | None, calibrate_tokens: int,
+    from_hub: bool, revision: str | None, keep_source: bool, plain: bool, **options: bool,
+) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE to TARGET, in a form that is read as it is.
 
-    Weights in DeepSeek's FP4 and FP8 keep every bit; those in bfloat16 or float32 are rounded as DeepSeek's were.
+    Weights in DeepSeek's FP4 and FP8 keep every bit, unless a recipe makes them smaller; those in bfloat16 or
+    float32 are rounded as DeepSeek's were.
 
     Run the same command again after an interruption; it continues.
     """
     from . import convert as conversion
+    from . import recipe_sizes
+    from .calibrate import Calibrated, read_text
     from .progress import bar
+    from .recipe import read_recipe
+    from .rounding import Rounding
 
+    if options["listed"]:
+        click.echo(json.dumps(recipe_sizes.listing(), indent=2) if options["as_json"] else recipe_sizes.table())
+        return
+    if source is None or target is None:
+        raise click.UsageError("expected SOURCE and TARGET, or --list")
+    wanted = read_recipe(recipe)
     opened = conversion.open_source(source, target, from_hub, revision, keep_source, plain)
     if opened.rounded:
         click.echo("no quantization_config: experts become FP4 and layers FP8, as in DeepSeek's files", err=True)
-    job = conversion.plan(opened)
+    job = conversion.plan(opened, wanted)
     needed = conversion.check_space(job, target)
     if options["dry_run"]:
         speed = conversion.measure_disk(target)
@@ -139,10 +156,22 @@ def convert(
         click.echo(f"about {needed / speed:,.0f} s at {speed / 1e9:.2f} GB/s, the measured speed of writing")
         return
     with bar("converting", "bytes") as progress:
-        converted = conversion.convert(opened, target, progress)
+        rounding = Rounding(opened.checkpoint.config, wanted)
+        if calibrate is not None and not rounding.formats:
+            raise click.UsageError("--calibrate: expected a --recipe that changes a format, too")
+        if calibrate is not None:
+            ids = read_text(opened, calibrate, calibrate_tokens)
+            rounding = Calibrated(opened, target, wanted, ids)
+        converted = conversion.convert(opened, target, progress, rounding)
     if options["verify"]:
         with bar("verifying", "bytes") as progress:
             converted.verify(progress)
+    if rare := sum(converted.rare.values()):
+        experts = sum(len(layer.crc32) for layer in converted.layers.values())
+        click.echo(
+            f"warning: {rare} of {experts} experts were chosen for so few tokens of the text that "
+            "their numbers were rounded each for itself; a longer text, or more kinds of it, helps", err=True,
+        )  # fmt: skip
     click.echo(f"{target}: {converted.nbytes / 1e9:.2f} GB{', verified' if options['verify'] else ''}", err=True)
 
 

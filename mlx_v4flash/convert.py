@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .checkpoint import StoredTensor, read
 from .convert_source import FolderSource, HubSource
 from .converted import FORMAT, INDEX, JOURNAL, PACK, VERSION, Converted, is_converted
 from .errors import ConvertError
-from .expert_pack import HEADER, NAMES, PAGE, aligned, as_numpy, lay_out, record_bytes, with_records
+from .expert_pack import HEADER, NAMES, PAGE, as_numpy, lay_out, record_bytes, with_records
 from .journal import Journal, alone, flush, rename, sync_folder, write_all, write_file
-from .linear import Numerics
-from .model import Model
+from .recipe import AS_STORED, Recipe
+from .recipe_sizes import sizes as sizes_of
+from .rounding import STATE, Rounding
 from .safetensors_header import DTYPES
 from .weights import parameter, sources
 
@@ -53,21 +53,18 @@ class Plan:
         return sum(self.sizes.values()) + PAGE
 
 
-def plan(source: FolderSource) -> Plan:
+def plan(source: FolderSource, recipe: Recipe = AS_STORED) -> Plan:
     """Units and sizes of a conversion; reads no data."""
     checkpoint = source.checkpoint
-    shapes = dict(tree_flatten(Model(checkpoint.config, Numerics()).parameters()))
     units: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
+    stored: dict[str, int] = {}
     for path, tensors in sources(checkpoint):
         unit = _unit(path)
         units[unit] = list(dict.fromkeys([*units.get(unit, []), *(t.name for t in tensors)]))
-        array = shapes[path]
-        plain = array.dtype == mx.float32  # what is not packed keeps its stored size
-        nbytes = sum(t.nbytes for t in tensors) if plain else array.nbytes
-        if _EXPERTS in path:
-            nbytes = len(tensors) * aligned(nbytes // len(tensors))
-        sizes[unit] = sizes.get(unit, 0) + nbytes
+        stored[path] = sum(t.nbytes for t in tensors)
+    sizes: dict[str, int] = dict.fromkeys(units, 0)
+    for path, nbytes in sizes_of(checkpoint.config, stored, recipe.formats(checkpoint.config)).parts.items():
+        sizes[_unit(path)] += nbytes
     for name, tensor in checkpoint.drafter.items():
         unit = "drafter-" + ".".join(name.split(".")[:2])
         units.setdefault(unit, []).append(name)
@@ -102,35 +99,47 @@ def measure_disk(folder: Path, nbytes: int = 1 << 26) -> float:
         raise ConvertError(f"{folder}: cannot be written: {e.strerror}\nhint: check its space and permissions") from e
 
 
-def check_space(job: Plan, target: Path) -> int:
+def check_space(job: Plan, target: Path, scratch: int = 0) -> int:
     """Bytes still needed.
+
+    Args:
+        scratch: bytes that are needed for a while beside the result.
 
     Raises:
         ConvertError: the disk has less free.
     """
     there = sum(p.stat().st_size for p in target.iterdir() if p.is_file()) if target.is_dir() else 0
     needed, free = max(0, job.total_bytes - there), shutil.disk_usage(_existing(target)).free
-    if needed > free:
+    if needed + scratch > free:
         raise ConvertError(
-            f"{target}: expected {needed / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB\n"
+            f"{target}: expected {(needed + scratch) / 1e9:.2f} GB of free space, found {free / 1e9:.2f} GB\n"
             "hint: free some space, or choose a folder on another disk"
         )
     return needed
 
 
-def convert(source: FolderSource, target: Path, progress: Progress | None = None) -> Converted:
+def convert(
+    source: FolderSource,
+    target: Path,
+    progress: Progress | None = None,
+    rounding: Rounding | None = None,
+) -> Converted:
     """Convert, or continue where an earlier call stopped; the source is only read.
 
     Peak memory is that of the largest dense tensor, 1.1 GB for V4-Flash, beside one layer without its routed experts.
+
+    Args:
+        rounding: to the formats of a recipe; every number stays as it is if None.
 
     Raises:
         ConvertError: the target holds something else or cannot be written, or the source changed.
         CheckpointError, HubError: what is wrong with the source.
     """
+    rounding = rounding or Rounding(source.checkpoint.config, AS_STORED)
     try:
-        if _prepare(source, target):
+        if _prepare(source, target, rounding):
             with alone(target):
-                _Job(source, target).run(progress)
+                _Job(source, target, rounding).run(progress)
         return Converted.open(target)
     except OSError as e:
         raise ConvertError(
@@ -139,7 +148,7 @@ def convert(source: FolderSource, target: Path, progress: Progress | None = None
         ) from e
 
 
-def _prepare(source: FolderSource, target: Path) -> bool:
+def _prepare(source: FolderSource, target: Path, rounding: Rounding) -> bool:
     """Make the folder; False if it holds the finished conversion of this source."""
     if target.exists() and not target.is_dir():
         raise ConvertError(f"{target}: expected a folder, found a file\nhint: choose another place")
@@ -147,8 +156,10 @@ def _prepare(source: FolderSource, target: Path) -> bool:
         raise ConvertError(f"{target}: expected another folder than the source\nhint: choose another place")
     target.mkdir(parents=True, exist_ok=True)
     if (target / INDEX).exists() and not (target / JOURNAL).exists():
-        if Converted.open(target).source != source.identity():
-            raise ConvertError(f"{target}: holds the conversion of another source\nhint: choose another folder")
+        if Converted.open(target).source != source.identity() | rounding.identity():
+            raise ConvertError(
+                f"{target}: holds the conversion of another source or by another recipe\nhint: choose another folder"
+            )
         return False
     begun = {JOURNAL, JOURNAL + ".part", SCRATCH}
     found = sorted(p.name for p in target.iterdir() if p.name not in begun)
@@ -161,11 +172,12 @@ def _prepare(source: FolderSource, target: Path) -> bool:
 
 
 class _Job:
-    def __init__(self, source: FolderSource, target: Path) -> None:
-        self.source, self.target = source, target
-        self.plan = plan(source)
-        check_space(self.plan, target)
-        head = {"format": FORMAT, "version": VERSION, **source.identity()}
+    def __init__(self, source: FolderSource, target: Path, rounding: Rounding) -> None:
+        self.source, self.target, self.rounding = source, target, rounding
+        self.plan = plan(source, rounding.recipe)
+        check_space(self.plan, target, rounding.scratch_bytes)
+        self.identity = source.identity() | rounding.identity()
+        head = {"format": FORMAT, "version": VERSION, **self.identity}
         self.journal = Journal(target / JOURNAL, head)
         self.pack = target / PACK if (target / PACK).exists() else target / (PACK + ".part")
         for unit, line in list(self.journal.units.items()):
@@ -235,7 +247,9 @@ class _Job:
     def _write_dense(
         self, unit: str, groups: dict[str, list[StoredTensor]], readers: ThreadPoolExecutor
     ) -> dict[str, Any]:
-        arrays = {path: parameter(path, group, self.source.checkpoint, readers) for path, group in groups.items()}
+        stored = {path: parameter(path, group, self.source.checkpoint, readers) for path, group in groups.items()}
+        arrays = self.rounding.dense(unit, stored)
+        del stored
         # Larger elements first, so that each lies at a multiple of its size.
         order = sorted(arrays, key=lambda path: -arrays[path].itemsize)
         header = _header([(p, NAMES[arrays[p].dtype], arrays[p].shape, arrays[p].nbytes) for p in order])
@@ -248,7 +262,8 @@ class _Job:
     ) -> dict[str, Any]:
         """Append the records of one layer, after what the journal knows to be complete."""
         checkpoint, layer = self.source.checkpoint, None
-        formats = {path.split(_EXPERTS)[1].split(".")[0]: _format(checkpoint.config.expert_dtype) for path in groups}
+        formats = self.rounding.expert_formats(unit)
+        self.rounding.begin_experts(unit)
         start, count, sums = self._pack_end(), len(next(iter(groups.values()))), []
         file = os.open(self.pack, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -261,6 +276,7 @@ class _Job:
                     path.split(_EXPERTS)[1]: parameter(path, [group[expert]], checkpoint, readers)[0]
                     for path, group in groups.items()
                 }
+                arrays = self.rounding.expert(unit, expert, arrays)
                 layer = lay_out(arrays, start, formats) if layer is None else layer
                 record = record_bytes(layer, arrays)
                 sums.append(zlib.crc32(record))
@@ -272,7 +288,7 @@ class _Job:
         sync_folder(self.target)  # the journal must not outlive the pack
         assert layer is not None
         layer = with_records(layer, sums)
-        return {"layer": asdict(layer) | {"end": layer.end}}
+        return {"layer": asdict(layer) | {"end": layer.end}, **self.rounding.end_experts(unit)}
 
     def _close(self) -> None:
         """Everything is there: give the pack its name, write index, extras and config, and forget the journal."""
@@ -283,18 +299,23 @@ class _Job:
         index = {
             "format": FORMAT,
             "version": VERSION,
-            "source": self.source.identity(),
+            "source": self.identity,
             "files": dense,
             "drafter": [name for name in dense if name.startswith("drafter-")],
             "experts": {
                 u: {k: x for k, x in v["layer"].items() if k != "end"} for u, v in units.items() if "layer" in v
             },
         }
+        formats = {path: f.json() for path, f in self.rounding.formats.items() if _EXPERTS not in path}
+        index |= {"formats": formats} if formats else {}
+        rare = {u: line["rare"] for u, line in units.items() if "rare" in line}
+        index |= {"rare_experts": rare} if rare else {}
         for path in self.source.extras():
             write_file(self.target / path.name, [path.read_bytes()])
         write_file(self.target / INDEX, [json.dumps(index, sort_keys=True).encode() + b"\n"])
         write_file(self.target / "config.json", [self.source.config_json()])
-        shutil.rmtree(self.target / SCRATCH, ignore_errors=True)
+        for scratch in (SCRATCH, STATE):
+            shutil.rmtree(self.target / scratch, ignore_errors=True)
         (self.target / JOURNAL).unlink()
         sync_folder(self.target)
 
@@ -318,13 +339,6 @@ def _unit(path: str) -> str:
 
 def _is_pack(unit: str) -> bool:
     return not unit.startswith(("dense-", "drafter-"))
-
-
-def _format(expert_dtype: str | None) -> dict[str, Any]:
-    """A matrix of the official experts in MLX's terms."""
-    if expert_dtype is None:
-        return {"mode": "plain"}
-    return {"mode": "mxfp4" if expert_dtype == "fp4" else "mxfp8", "group_size": 32, "bits": int(expert_dtype[2:])}
 
 
 def _header(tensors: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:

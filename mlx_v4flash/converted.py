@@ -15,6 +15,7 @@ import mlx.core as mx
 from .config import ModelConfig
 from .errors import CheckpointError
 from .expert_pack import HEADER, PAGE, PackedLayer, check_records, read_layer
+from .formats import Format
 from .safetensors_header import StoredTensor, read_header
 
 FORMAT, VERSION = "mlx_v4flash", 1
@@ -29,9 +30,11 @@ class Converted:
 
     Args:
         dense: parameters outside the routed experts by their path in the model; in `files` without drafter files.
+        formats: of every matrix that is not as in the source, by the path of its module.
         layers: records of routed experts by the path in the model of the module that they fill.
         files: bytes and CRC-32 of each safetensors file.
         drafter: tensors of the draft block, as the source stored them.
+        rare: number of experts in each layer that calibration saw too rarely, by its path.
     """
 
     folder: Path
@@ -39,8 +42,10 @@ class Converted:
     dense: dict[str, StoredTensor]
     drafter: dict[str, StoredTensor]
     layers: dict[str, PackedLayer]
+    formats: dict[str, Format]
     files: dict[str, tuple[int, int]]
     source: dict[str, Any]
+    rare: dict[str, int]
 
     @classmethod
     def open(cls, folder: str | Path) -> Converted:
@@ -55,8 +60,12 @@ class Converted:
         values = _index(folder / INDEX)
         try:
             layers = {path: PackedLayer.from_json(layer) for path, layer in values["experts"].items()}
+            formats = {path: Format.from_json(found) for path, found in values.get("formats", {}).items()}
+            for path, layer in layers.items():
+                formats |= {f"{path}.{name}": Format.from_json(found) for name, found in layer.formats.items()}
             files = {name: (file["bytes"], file["crc32"]) for name, file in values["files"].items()}
             drafters, source = set(values["drafter"]), dict(values["source"])
+            rare = dict(values.get("rare_experts", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise CheckpointError(
                 f"{folder / INDEX}: expected an index as docs/format.md describes, found {e!r}\nhint: {_AGAIN}"
@@ -70,7 +79,7 @@ class Converted:
         with (folder / PACK).open("rb") as file:
             if file.read(len(HEADER)) != HEADER:
                 raise CheckpointError(f"{folder / PACK}: expected the header of version {VERSION}\nhint: {_AGAIN}")
-        return cls(folder, ModelConfig.from_folder(folder), dense, drafter, layers, files, source)
+        return cls(folder, ModelConfig.from_folder(folder), dense, drafter, layers, formats, files, source, rare)
 
     @property
     def nbytes(self) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import ExpertWeights, fp8_round_trip, project_f32, quantized_product
+from metal_kernels import FORMATS, ExpertWeights, fp8_round_trip, project_f32, quantized_product
 
 from .config import ModelConfig
 
@@ -52,13 +53,43 @@ def _unchanged(x: mx.array) -> mx.array:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """mxfp8 weights, as the checkpoint's FP8 is held; the sum is float32 on every device."""
+    """Packed weights: mxfp8, as the checkpoint's FP8 is held, unless told otherwise; the sum is float32 everywhere."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False, group_size=32, bits=8, mode="mxfp8")
+    def __init__(self, inputs: int, outputs: int, mode: str = "mxfp8", bits: int = 8, group_size: int = 32) -> None:
+        bits, group_size = FORMATS.get(mode, (bits, group_size))
+        super().__init__(inputs, outputs, bias=False, group_size=group_size, bits=bits, mode=mode)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return quantized_product(x, self.weight, self.scales, self.mode)
+        return packed_product(self, x)
+
+
+class QuantizedWideLinear(QuantizedLinear):
+    """A WideLinear with packed weights: its product is float32 throughout, too."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return packed_product(self, x.astype(mx.float32))
+
+
+class QuantizedEmbedding(nn.QuantizedEmbedding):
+    """Rows of packed weights, decoded in float32: in the type of its scales a small step would be lost."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        scales, biases = self.scales[ids], self.get("biases")
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases[ids].astype(mx.float32)
+        return mx.dequantize(self.weight[ids], scales, biases, self.group_size, self.bits, self.mode, dtype=mx.float32)
+
+
+class Observed(nn.Module):
+    """A layer whose inputs are looked at on their way; calibration puts it in the place of the layer."""
+
+    def __init__(self, layer: nn.Module, see: Callable[[mx.array], None]) -> None:
+        super().__init__()
+        self.layer, self.see = layer, see
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y: mx.array = _seen(self, x)(x)
+        return y
 
 
 Linear = nn.Linear | QuantizedLinear
@@ -78,13 +109,12 @@ def packed(layer: Linear) -> ExpertWeights:
 
 def grouped_linear(layer: Linear, x: mx.array) -> mx.array:
     """Group g of the inputs meets rows g * R ... of the weight (spec 4.5): [B, T, G, U] -> [B, T, G * R]."""
-    B, T, G, U = x.shape
+    layer, (B, T, G, U) = _seen(layer, x), x.shape
     x = x.reshape(B * T, G, U).swapaxes(0, 1)
-    weight = layer.weight.reshape(G, -1, layer.weight.shape[-1])
     if isinstance(layer, QuantizedLinear):
-        y = quantized_product(x, weight, layer.scales.reshape(G, -1, layer.scales.shape[-1]), layer.mode)
+        y = packed_product(layer, x, lambda array: array.reshape(G, -1, array.shape[-1]))
     else:
-        y = x @ weight.swapaxes(1, 2)
+        y = x @ layer.weight.reshape(G, -1, layer.weight.shape[-1]).swapaxes(1, 2)
     return y.swapaxes(0, 1).reshape(B, T, -1)
 
 
@@ -94,7 +124,7 @@ def stacked_linear(layer: Linear, x: mx.array, sizes: Sequence[int]) -> list[mx.
     One product for a single token, where launches count. For more it is one for each part, so that no result has to
     be copied out of the others.
     """
-    ends = list(accumulate(sizes))
+    layer, ends = _seen(layer, x), list(accumulate(sizes))
     if x.size == x.shape[-1]:
         return list(mx.split(layer(x), ends[:-1], axis=-1))
     return [_part(layer, x, slice(*rows)) for rows in pairwise([0, *ends])]
@@ -102,8 +132,27 @@ def stacked_linear(layer: Linear, x: mx.array, sizes: Sequence[int]) -> list[mx.
 
 def _part(layer: Linear, x: mx.array, rows: slice) -> mx.array:
     if isinstance(layer, QuantizedLinear):
-        return quantized_product(x, layer.weight[rows], layer.scales[rows], layer.mode)
+        return packed_product(layer, x, lambda array: array[rows])
     return x @ layer.weight[rows].T
+
+
+def packed_product(
+    layer: QuantizedLinear, x: mx.array, part: Callable[[mx.array], mx.array] = lambda array: array
+) -> mx.array:
+    """x times the weight, or times what `part` makes of it and of its scales and biases."""
+    biases = layer.get("biases")
+    return quantized_product(
+        x, part(layer.weight), part(layer.scales), layer.mode, None if biases is None else part(biases),
+        layer.bits, layer.group_size,
+    )  # fmt: skip
+
+
+def _seen(layer: Any, x: mx.array) -> Any:
+    """The layer itself; if it is observed, its input has been seen."""
+    if isinstance(layer, Observed):
+        layer.see(x)
+        return layer.layer
+    return layer
 
 
 class RMSNorm(nn.Module):

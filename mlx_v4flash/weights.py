@@ -15,7 +15,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .checkpoint import Checkpoint, StoredTensor, read, read_into, scale_bytes
 from .converted import Converted
 from .errors import CheckpointError
+from .formats import adapt, format_of, matrices
 from .inventory import official_tensors, transformers_name
+from .linear import QuantizedWideLinear
 from .model import Model
 
 Progress = Callable[[int, int], None]
@@ -30,7 +32,8 @@ def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Pro
 
     Stored bits stay as they are: FP4 becomes mxfp4, FP8 becomes mxfp8 with its block scales repeated (spec 9.3).
     Streamed experts are no parameters and stay where they are.
-    Only linear layers stored wider than the model computes are narrowed.
+    Only linear layers stored wider than the model computes are narrowed, and scales of affine weights become what
+    they are multiplied with.
 
     Args:
         progress: called with bytes done and bytes in all.
@@ -38,7 +41,10 @@ def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Pro
     Raises:
         CheckpointError: a file changed or ends early, or holds a value that cannot be right.
     """
+    if isinstance(checkpoint, Converted):
+        adapt(model, checkpoint.formats)
     linears = {f"{path}.weight" for path, module in model.named_modules() if type(module) is nn.Linear}
+    scales = dict(_affine_scales(model))
     parameters = dict(tree_flatten(model.parameters()))
     if isinstance(checkpoint, Converted):
         checkpoint.expect(parameters, experts=model.store is None)
@@ -50,6 +56,7 @@ def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Pro
         for path, array, nbytes in _arrays(checkpoint, readers, streamed):
             if path in linears and array.dtype == mx.float32:
                 array = array.astype(model.numerics.dtype)
+            array = array.astype(scales.get(path, array.dtype))
             mx.eval(array)
             model.update(tree_unflatten([(path, array)]))
             expected.remove(path)
@@ -57,6 +64,14 @@ def load_weights(model: Model, checkpoint: Checkpoint | Converted, progress: Pro
             if progress is not None:
                 progress(done, total)
     assert not expected, f"parameters without a tensor: {sorted(expected)[:5]}"
+
+
+def _affine_scales(model: Model) -> Iterator[tuple[str, mx.Dtype]]:
+    """Paths of floating scales and biases, and the type of the product they enter, which MLX would cast them to."""
+    for path, module in matrices(model):
+        if format_of(module).mode == "affine":
+            wide = isinstance(module, QuantizedWideLinear)
+            yield from ((f"{path}.{n}", mx.float32 if wide else model.numerics.dtype) for n in ("scales", "biases"))
 
 
 def _arrays(

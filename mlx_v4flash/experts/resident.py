@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from metal_kernels import ExpertWeights, add_shared
+from metal_kernels import FORMATS, ExpertWeights, add_shared
 
 from ..config import ModelConfig
 from ..linear import Numerics
@@ -13,21 +13,22 @@ from .products import SORT_FROM, ExpertProducts, SharedExpert
 
 
 class ExpertMatrix(nn.Module):
-    """One matrix of every expert: weight [E, rows, columns], packed with scales or plain."""
+    """One matrix of every expert: weight [E, rows, columns], packed with scales and perhaps biases, or plain."""
 
     def __init__(self, config: ModelConfig, rows: int, columns: int) -> None:
         super().__init__()
         self.mode = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}[config.expert_dtype]
+        self.bits, self.group_size = FORMATS.get(self.mode, (0, 0))
         E = config.n_routed_experts
         if self.mode == "plain":
             self.weight = mx.zeros((E, rows, columns))
         else:
-            self.weight = mx.zeros((E, rows, columns // (8 if self.mode == "mxfp4" else 4)), mx.uint32)
-            self.scales = mx.zeros((E, rows, columns // 32), mx.uint8)
+            self.weight = mx.zeros((E, rows, columns * self.bits // 32), mx.uint32)
+            self.scales = mx.zeros((E, rows, columns // self.group_size), mx.uint8)
 
     @property
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.weight, self.get("scales"), self.mode)
+        return ExpertWeights(self.weight, self.get("scales"), self.mode, self.get("biases"), self.bits, self.group_size)
 
 
 class ResidentExperts(nn.Module):

@@ -24,10 +24,12 @@ class Source(Protocol):
 
     Attributes:
         shapes: arrays of an expert, by their names in its layer.
+        formats: mode, and unless plain group_size and bits, of w1, w2 and w3.
         path: a file that holds experts, to measure how fast it is read.
     """
 
     shapes: Shapes
+    formats: dict[str, dict[str, Any]]
     path: Path
 
     def read(self, layer: int, expert: int, into: Record, files: Files) -> int:
@@ -52,11 +54,14 @@ class PackSource:
         ]
         parts = self._layers[0].components
         self.shapes = {part.name: Shape(part.shape, MLX_TYPES[part.dtype]) for part in parts}
+        self.formats = self._layers[0].formats
         for number, layer in enumerate(self._layers):
-            if [(p.name, p.shape, p.dtype) for p in layer.components] != [(p.name, p.shape, p.dtype) for p in parts]:
+            same = [(p.name, p.shape, p.dtype) for p in layer.components] == [(p.name, p.shape, p.dtype) for p in parts]
+            if not same or layer.formats != self.formats:
                 raise CheckpointError(
                     f"{self.path}: layers.{number}: expected records as in layers.0, found others\n"
-                    'hint: load with experts="resident" (--experts resident)'
+                    'hint: load with experts="resident" (--experts resident), or convert by a recipe that gives all '
+                    "layers the same formats"
                 )
         self._verify = verify
 
@@ -101,6 +106,8 @@ class ShardSource:
             if ".ffn.experts." in path:
                 _, layer, _, _, name = path.split(".", 4)
                 self._layers[int(layer)][name] = tensors
+        mode = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}[checkpoint.config.expert_dtype]
+        self.formats = {name: {"mode": mode} for name in ("w1", "w2", "w3")}
         first = self._layers[0]
         self.path = first["w1.weight"][0].path
         self.shapes = {name: self._shape(name, [layer[name] for layer in self._layers]) for name in first}

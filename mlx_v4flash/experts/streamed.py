@@ -16,8 +16,6 @@ from .products import SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
 from .resident import compute_all
 from .store import ExpertStore, Loads
 
-MODES = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}
-
 
 class StreamedExperts:
     """Computes bit for bit what `ResidentExperts` computes; has no parameters, the store has them.
@@ -28,11 +26,7 @@ class StreamedExperts:
 
     def __init__(self, store: ExpertStore, layer: int, config: ModelConfig, numerics: Numerics) -> None:
         self._store, self._layer = store, layer
-        self._limit, self._round_input, self._mode = (
-            config.swiglu_limit,
-            numerics.round_input,
-            MODES[config.expert_dtype],
-        )
+        self._limit, self._round_input = config.swiglu_limit, numerics.round_input
         self._own = self._products(store.ranges[layer])
         if store.staging is not None:
             half = store.staging.slots // 2 or 1
@@ -158,11 +152,15 @@ class StreamedExperts:
         return products.run(x, mx.array(pairs // chosen.shape[1]), rows, weights.flatten()[mx.array(pairs)])
 
     def _products(self, slots: SlotRange) -> ExpertProducts:
-        w1, w3, w2 = (
-            ExpertWeights(slots.arrays[f"{name}.weight"], slots.arrays.get(f"{name}.scales"), self._mode)
-            for name in ("w1", "w3", "w2")
-        )
+        w1, w3, w2 = (self._weights(slots.arrays, name) for name in ("w1", "w3", "w2"))
         return ExpertProducts(w1, w3, w2, self._limit, self._round_input)
+
+    def _weights(self, arrays: dict[str, mx.array], name: str) -> ExpertWeights:
+        format = self._store.source.formats[name]
+        return ExpertWeights(
+            arrays[f"{name}.weight"], arrays.get(f"{name}.scales"), format["mode"], arrays.get(f"{name}.biases"),
+            format.get("bits"), format.get("group_size"),
+        )  # fmt: skip
 
 
 def _lookup(slots: dict[int, int], experts: np.ndarray) -> np.ndarray:
