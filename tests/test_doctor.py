@@ -169,9 +169,9 @@ def test_load_runs_what_the_profile_approves(tmp_path: Path, monkeypatch: pytest
     folder, said = write_tiny(tmp_path / "m"), []
     monkeypatch.setattr(doctor.mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(doctor, "examine", lambda quick: said.append(quick) or iter([GOOD, SLOW, BAD]))
-    load_model(folder)
+    load_model(folder, experts="resident")
     assert said == [True] and _dispatch.approved == {"route"} and _profile.read() == [GOOD, SLOW, BAD]
-    load_model(folder)
+    load_model(folder, experts="resident")
     assert said == [True], "examined again although there is a profile"
 
 

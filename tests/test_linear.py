@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from metal_kernels import fp8_round_trip
-from mlx_v4flash import attention, experts, load_model, moe
+from mlx_v4flash import attention, load_model, moe
+from mlx_v4flash.experts import products
 from mlx_v4flash.linear import ACTIVATION_BLOCK, Linear, Numerics, QuantizedLinear, WideLinear, stacked_linear
 from mlx_v4flash.tiny import TINY, write_tiny
 
@@ -75,8 +76,8 @@ class Inputs:
         for owner, name, position in (
             (QuantizedLinear, "__call__", 1),
             (WideLinear, "__call__", 1),
-            (experts, "expert_gate_up", 0),
-            (experts, "expert_down", 0),
+            (products, "expert_gate_up", 0),
+            (products, "expert_down", 0),
             (attention, "grouped_linear", 1),
             (attention, "stacked_linear", 1),
             (moe, "project_f32", 0),
