@@ -17,7 +17,9 @@ from ..checkpoint import Checkpoint
 from ..config import ModelConfig
 from ..converted import Converted
 from ..errors import RequestError
+from .calibration import choose
 from .pool import record_bytes
+from .readers import Files
 from .source import PackSource, ShardSource, Source
 from .store import STAGING, ExpertStore
 from .streamed import StreamedExperts
@@ -120,8 +122,11 @@ def attach(model: Model, source: Source, division: Division, **options: Any) -> 
     """Put streamed experts in the place of resident ones, whose parameters are gone then.
 
     Args:
-        options: of `ExpertStore`.
+        options: of `ExpertStore`; readers are chosen by `calibration` if there are none.
     """
+    if "files" not in options:
+        choice = choose(source.path, record_bytes(source.shapes))
+        options = {"threads": choice.threads} | options | {"files": Files(choice.reader)}
     store = ExpertStore(source, division.slots, model.config.n_routed_experts, staging=division.staging, **options)
     for number, layer in enumerate(model.layers):
         layer.ffn.experts = StreamedExperts(store, number, model.config, model.numerics)

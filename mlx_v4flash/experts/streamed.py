@@ -12,7 +12,7 @@ from metal_kernels import ExpertWeights, add_shared
 from ..config import ModelConfig
 from ..linear import Numerics
 from .pool import SlotRange
-from .products import SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
+from .products import SHARED_FROM, SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
 from .resident import compute_all
 from .store import ExpertStore, Loads
 
@@ -153,9 +153,16 @@ class StreamedExperts:
     def _run(
         self, products: ExpertProducts, x: mx.array, chosen: np.ndarray, weights: mx.array, slots: dict[int, int]
     ) -> mx.array:
+        """Results [P, D] of the pairs of some experts, in the order of `_pairs`."""
         pairs = _pairs(chosen, slots)
+        P, E = len(pairs), products.w1.weight.shape[0]
+        if chosen.size < SHARED_FROM * self._store.experts:
+            products = products.one_by_one()
+        else:  # the last pair again and again, until there are enough of them
+            pairs = np.pad(pairs, (0, max(SHARED_FROM * E - P, 16 - P, 0)), mode="edge")
         rows = mx.array(_lookup(slots, chosen.ravel()[pairs]))
-        return products.run(x, mx.array(pairs // chosen.shape[1]), rows, weights.flatten()[mx.array(pairs)])
+        y = products.run(x, mx.array(pairs // chosen.shape[1]), rows, weights.flatten()[mx.array(pairs)])
+        return y[:P]
 
     def _products(self, slots: SlotRange) -> ExpertProducts:
         w1, w3, w2 = (
