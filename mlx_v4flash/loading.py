@@ -73,9 +73,13 @@ def load_model(
     model = Model(checkpoint.config, numerics)
     if division is not None:
         attach(model, open_source(checkpoint, verify_reads), division)
-    load_weights(model, checkpoint, progress)
-    if model.store is not None:
-        begin(model, model.store)
+    if model.store is None:
+        load_weights(model, checkpoint, progress)
+    else:
+        dense, total = checkpoint.dense_bytes, checkpoint.dense_bytes + model.store.whole_bytes
+        count = progress or (lambda done, total: None)
+        load_weights(model, checkpoint, lambda done, _: count(done, total))
+        begin(model, model.store, lambda done: count(dense + done, total))
     if trace is not None:
         follow(model, Path(trace))
     model.eval()

@@ -92,18 +92,22 @@ def prompt(rng: np.random.Generator, T: int, B: int = 1) -> mx.array:
     return mx.array(rng.integers(0, SMALL["vocab_size"], (B, T)))
 
 
-def expect_same(model: Model, other: Model, ids: mx.array, chunk: int = 4096, steps: int = 2) -> None:
+def expect_same(model: Model, other: Model, ids: mx.array, chunk: int = 4096, steps: int = 1) -> None:
     """Logits of the prompt in chunks, and of some tokens after it, bit for bit."""
     caches = model.make_cache(), other.make_cache()
     parts = [ids[:, n : n + chunk] for n in range(0, ids.shape[1], chunk)]
     for step in range(len(parts) + steps):
-        part = parts[step] if step < len(parts) else mx.argmax(found[:, -1:], axis=-1)
-        found, expected = model(part, caches[0]), other(part, caches[1])
+        found, expected = model(parts[step], caches[0]), other(parts[step], caches[1])
         assert mx.array_equal(found, expected), f"step {step}"
+        if step + 1 >= len(parts):
+            parts.append(mx.argmax(found[:, -1:], axis=-1))
 
 
-@pytest.mark.parametrize("slots", [[A] * LAYERS, [5] * LAYERS, [E, A, 7], [A, E, E]], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    [(name, [A] * LAYERS) for name in FORMATS] + [("fp4", s) for s in ([5] * LAYERS, [E, A, 7], [A, E, E], [11] * 3)],
+    ids=str,
+)
 def test_logits_are_those_of_resident_experts(
     name: str, slots: list[int], folders: dict[str, Path], resident: dict[str, Model]
 ) -> None:
@@ -112,11 +116,11 @@ def test_logits_are_those_of_resident_experts(
         expect_same(model, resident[name], prompt(rng, T))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_lengths_chunks_and_batches(seed: int, folders: dict[str, Path], resident: dict[str, Model]) -> None:
     rng = np.random.default_rng(seed)
     model = streamed(folders["fp4"], [int(n) for n in rng.integers(A, E + 1, LAYERS)])
-    for _ in range(4):
+    for _ in range(3):
         T, B = int(rng.integers(1, 301)), int(rng.integers(1, 4))
         expect_same(model, resident["fp4"], prompt(rng, T // B + 1, B), chunk=int(rng.integers(1, 130)) + T // 5)
 

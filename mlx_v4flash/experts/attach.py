@@ -43,7 +43,8 @@ def parse_bytes(value: str | int | None) -> int | None:
     """
     if value is None or (type(value) is int and value > 0):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    text = value if isinstance(value, str) else ""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
         raise RequestError(f"memory: expected a number of bytes such as 48GB or 64GiB, found {value!r}")
     units = _BINARY if found[3] else _UNITS
@@ -135,8 +136,11 @@ def attach(model: Model, source: Source, division: Division, **options: Any) -> 
     return store
 
 
-def begin(model: Model, store: ExpertStore, progress: Callable[[int, int], None] | None = None) -> None:
+def begin(model: Model, store: ExpertStore, progress: Callable[[int], None] | None = None) -> None:
     """After the other weights are loaded: read the layers held whole, and note which layers route by token id.
+
+    Args:
+        progress: called with bytes read.
 
     Raises:
         ExpertReadError, CheckpointError: a record cannot be read or be right.

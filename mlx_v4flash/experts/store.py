@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from .eviction import LRU, Eviction
-from .pool import Record, allocate
+from .pool import Record, allocate, record_bytes
 from .products import SORT_FROM
 from .readers import Files
 from .residency import Residency
@@ -25,8 +25,6 @@ STAGING = SORT_FROM
 THREADS = 4
 # Results of a layer that may be unfinished at once.
 _NOTED = 8
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -82,21 +80,28 @@ class ExpertStore:
         self._pool = ThreadPoolExecutor(threads, "experts")
         weakref.finalize(self, self._files.close)
 
-    def load_whole(self, progress: Progress | None = None) -> None:
+    @property
+    def whole_bytes(self) -> int:
+        """Of the layers that are held whole."""
+        return sum(self.whole) * self.experts * record_bytes(self.source.shapes)
+
+    def load_whole(self, progress: Callable[[int], None] | None = None) -> None:
         """Read the layers that are held whole.
+
+        Args:
+            progress: called with bytes done.
 
         Raises:
             ExpertReadError, CheckpointError: a record cannot be read or be right.
         """
-        layers = [n for n, whole in enumerate(self.whole) if whole]
-        for done, layer in enumerate(layers, 1):
+        for layer in [n for n, whole in enumerate(self.whole) if whole]:
             try:
                 self.finish(self._load(layer, list(range(self.experts)), in_order=True))
             except BaseException:
                 self.abandon()
                 raise
             if progress is not None:
-                progress(done, len(layers))
+                progress(self.statistics.bytes_read)
         self.statistics = Statistics([LayerCounts() for _ in self.ranges])
 
     def route_by_token(self, tables: dict[int, np.ndarray]) -> None:
