@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -33,6 +33,8 @@ class StreamedExperts:
             numerics.round_input,
             MODES[config.expert_dtype],
         )
+        # Experts [T, A] that the next layer will choose, from this layer's input [T, D]; None to load nothing ahead.
+        self.guess: Callable[[mx.array], mx.array] | None = None
         self._own = self._products(store.ranges[layer])
         if store.staging is not None:
             half = store.staging.slots // 2 or 1
@@ -46,11 +48,19 @@ class StreamedExperts:
         if store.whole[layer]:
             return compute_all(self._own, x, ids, weights, shared)
         try:
-            chosen = store.chosen(layer, ids)
+            chosen, guessed = store.known(layer), None
+            if chosen is None and self.guess is not None and ids.size < SORT_FROM:
+                chosen, guessed = store.chosen(ids, self.guess(x))
+            elif chosen is None:
+                (chosen,) = store.chosen(ids)
             if chosen.size >= SORT_FROM:
                 return self._many(x, chosen, weights, shared)
             if len(np.unique(chosen)) <= store.tables[layer].slots:
-                return self._few(x, chosen, weights, shared)
+                y = self._few(x, chosen, weights, shared)
+                if guessed is not None:
+                    likely = np.unique(guessed)[: store.tables[layer + 1].slots]
+                    store.prefetch(layer + 1, likely.tolist())
+                return y
             return self._few_apart(x, chosen, weights, shared)
         except BaseException:
             store.abandon()
