@@ -145,22 +145,22 @@ class ExpertStore:
         if layer in self._staged:
             return self._staged.pop(layer)
         self.settle()
-        ahead = self._ahead.pop(layer, None)
-        if ahead is not None:
-            self.finish(ahead)
-            self.statistics.prefetched_used += len(set(ahead.experts).intersection(distinct))
         missing = self.count(layer, distinct)
         return self._load(layer, missing, keep=distinct)
 
     def prefetch(self, layer: int, experts: list[int]) -> None:
         """Begin to load experts that the next call of a layer will need, as far as one can guess."""
         missing = self.tables[layer].missing(experts)
-        if missing and layer not in self._ahead:
+        if missing and len(experts) <= self.tables[layer].slots and layer not in self._ahead:
             self._ahead[layer] = self._load(layer, missing, keep=experts)
             self.statistics.prefetched += len(missing)
 
     def count(self, layer: int, distinct: list[int]) -> list[int]:
-        """Note that a call uses these experts; those that are not in the layer's slots."""
+        """Note that a call uses these experts; those that the layer's slots do not hold, guesses included by now."""
+        ahead = self._ahead.pop(layer, None)
+        if ahead is not None:
+            self.finish(ahead)
+            self.statistics.prefetched_used += len(set(ahead.experts).intersection(distinct))
         table, counts = self.tables[layer], self.statistics.layers[layer]
         missing = table.missing(distinct)
         table.use(distinct)

@@ -13,10 +13,8 @@ from ..config import ModelConfig
 from ..linear import Numerics
 from .pool import SlotRange
 from .products import SHARED_FROM, SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
-from .resident import compute_all
+from .resident import MODES, compute_all
 from .store import ExpertStore, Loads
-
-MODES = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}
 
 
 class StreamedExperts:
@@ -28,11 +26,8 @@ class StreamedExperts:
 
     def __init__(self, store: ExpertStore, layer: int, config: ModelConfig, numerics: Numerics) -> None:
         self._store, self._layer = store, layer
-        self._limit, self._round_input, self._mode = (
-            config.swiglu_limit,
-            numerics.round_input,
-            MODES[config.expert_dtype],
-        )
+        self._limit, self._round_input = config.swiglu_limit, numerics.round_input
+        self._mode = MODES[config.expert_dtype]
         # Experts [T, A] that the next layer will choose, from this layer's input [T, D]; None to load nothing ahead.
         self.guess: Callable[[mx.array], mx.array] | None = None
         self._own = self._products(store.ranges[layer])
@@ -58,8 +53,7 @@ class StreamedExperts:
             if len(np.unique(chosen)) <= store.tables[layer].slots:
                 y = self._few(x, chosen, weights, shared)
                 if guessed is not None:
-                    likely = np.unique(guessed)[: store.tables[layer + 1].slots]
-                    store.prefetch(layer + 1, likely.tolist())
+                    store.prefetch(layer + 1, np.unique(guessed).tolist())
                 return y
             return self._few_apart(x, chosen, weights, shared)
         except BaseException:
