@@ -31,6 +31,7 @@ class ExpertWeights:
         mode: "mxfp4", "mxfp8", "nvfp4", or "affine": whole numbers, times a scale plus a bias for each group.
         biases: of affine weights, in the shape and type of their scales.
         bits, group_size: of affine weights; the other modes fix them.
+        shares: whether MLX's products may take sorted pairs of one expert together, if it thinks that pays.
     """
 
     weight: mx.array
@@ -39,6 +40,7 @@ class ExpertWeights:
     biases: mx.array | None = None
     bits: int | None = None
     group_size: int | None = None
+    shares: bool = True
 
     @property
     def packing(self) -> tuple[int, int]:
@@ -248,7 +250,7 @@ def _alike(w1: ExpertWeights, w3: ExpertWeights, columns: int) -> bool:
 
 def _gather(x: mx.array, w: ExpertWeights, row: mx.array, expert: mx.array, sorted_experts: bool) -> mx.array:
     # Sorted runs are recognised only when the left side is not indexed.
-    x = x[row][:, None]
+    x, sorted_experts = x[row][:, None], sorted_experts and w.shares
     if w.scales is None:
         weight = summed_in_float32(w.weight).swapaxes(1, 2)
         y = mx.gather_mm(summed_in_float32(x), weight, rhs_indices=expert, sorted_indices=sorted_experts)

@@ -17,7 +17,9 @@ from ..checkpoint import Checkpoint
 from ..config import ModelConfig
 from ..converted import Converted
 from ..errors import RequestError
+from .calibration import choose
 from .pool import record_bytes
+from .readers import Files
 from .source import PackSource, ShardSource, Source
 from .store import STAGING, ExpertStore
 from .streamed import StreamedExperts
@@ -41,7 +43,8 @@ def parse_bytes(value: str | int | None) -> int | None:
     """
     if value is None or (type(value) is int and value > 0):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    text = value if isinstance(value, str) else ""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
         raise RequestError(f"memory: expected a number of bytes such as 48GB or 64GiB, found {value!r}")
     units = _BINARY if found[3] else _UNITS
@@ -116,22 +119,32 @@ def open_source(checkpoint: Checkpoint | Converted, verify: bool = False) -> Sou
     return PackSource(checkpoint, verify) if isinstance(checkpoint, Converted) else ShardSource(checkpoint, verify)
 
 
-def attach(model: Model, source: Source, division: Division, **options: Any) -> ExpertStore:
+def attach(model: Model, source: Source, division: Division, prefetch: bool = False, **options: Any) -> ExpertStore:
     """Put streamed experts in the place of resident ones, whose parameters are gone then.
 
     Args:
-        options: of `ExpertStore`.
+        prefetch: load what the next layer will need, as its router guesses from the input of this layer.
+        options: of `ExpertStore`; readers are chosen by `calibration` if there are none.
     """
+    if "files" not in options:
+        choice = choose(source.path, record_bytes(source.shapes))
+        options = {"threads": choice.threads} | options | {"files": Files(choice.reader)}
     store = ExpertStore(source, division.slots, model.config.n_routed_experts, staging=division.staging, **options)
     for number, layer in enumerate(model.layers):
-        layer.ffn.experts = StreamedExperts(store, number, model.config, model.numerics)
+        layer.ffn.experts = streamed = StreamedExperts(store, number, model.config, model.numerics)
+        if prefetch and number + 1 < len(model.layers) and not store.whole[number + 1]:
+            gate = model.layers[number + 1].ffn.gate
+            streamed.guess = None if gate.hashed else lambda x, gate=gate: gate(x, mx.zeros((len(x),), mx.int32))[0]
     model.around = store.step
     model.store = store
     return store
 
 
-def begin(model: Model, store: ExpertStore, progress: Callable[[int, int], None] | None = None) -> None:
+def begin(model: Model, store: ExpertStore, progress: Callable[[int], None] | None = None) -> None:
     """After the other weights are loaded: read the layers held whole, and note which layers route by token id.
+
+    Args:
+        progress: called with bytes read.
 
     Raises:
         ExpertReadError, CheckpointError: a record cannot be read or be right.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,9 @@ from ..linear import Numerics, linear, packed
 
 # From this many pairs of token and expert on they are sorted, so that one expert's tokens share a product.
 SORT_FROM = 64
+# On Metal MLX multiplies sorted pairs of one expert together from this many pairs per matrix on, else one by one,
+# and the two round differently. A part of a call must go the way that the whole call goes.
+SHARED_FROM = 4
 
 
 class SharedExpert(nn.Module):
@@ -47,7 +51,8 @@ class ExpertProducts:
     """Products with the matrices of all experts of a layer, or with those of a range of slots.
 
     Pairs name rows of the matrices. A pair's result does not depend on the other pairs of a call, nor on how many
-    matrices there are, so pairs may be computed in any groups.
+    matrices there are, so pairs may be computed in any groups. The exception is `run` where MLX's own products stand
+    in for our kernels: see `SHARED_FROM`.
     """
 
     w1: ExpertWeights
@@ -79,6 +84,11 @@ class ExpertProducts:
         """Pairs with ascending rows, those with the same row multiplied together: x [T, D], [P] each -> [P, D]."""
         h = expert_gate_up(x, self.w1, self.w3, token, row, weight, self.limit, True)
         return expert_down(self.round_input(h), self.w2, row, True)
+
+    def one_by_one(self) -> ExpertProducts:
+        """The same, but MLX's own products of sorted pairs never take several pairs at once."""
+        w1, w3, w2 = (dataclasses.replace(w, shares=False) for w in (self.w1, self.w3, self.w2))
+        return dataclasses.replace(self, w1=w1, w3=w3, w2=w2)
 
 
 @cache

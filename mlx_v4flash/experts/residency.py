@@ -43,7 +43,7 @@ class Residency:
             ValueError: there are not as many slots that are free or hold something that may go.
         """
         kept = set(keep)
-        may_go = [e for e in self.resident if e not in kept]
+        may_go = self.resident.keys() - kept
         if len(experts) > len(self._free) + len(may_go):
             raise ValueError(f"{len(experts)} experts into {len(self._free)} free and {len(may_go)} other slots")
         claimed = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from metal_kernels import ExpertWeights, add_shared
 from ..config import ModelConfig
 from ..linear import Numerics
 from .pool import SlotRange
-from .products import SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
+from .products import SHARED_FROM, SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
 from .resident import compute_all
 from .store import ExpertStore, Loads
 
@@ -27,6 +27,8 @@ class StreamedExperts:
     def __init__(self, store: ExpertStore, layer: int, config: ModelConfig, numerics: Numerics) -> None:
         self._store, self._layer = store, layer
         self._limit, self._round_input = config.swiglu_limit, numerics.round_input
+        # Experts [T, A] that the next layer will choose, from this layer's input [T, D]; None to load nothing ahead.
+        self.guess: Callable[[mx.array], mx.array] | None = None
         self._own = self._products(store.ranges[layer])
         if store.staging is not None:
             half = store.staging.slots // 2 or 1
@@ -40,11 +42,18 @@ class StreamedExperts:
         if store.whole[layer]:
             return compute_all(self._own, x, ids, weights, shared)
         try:
-            chosen = store.chosen(layer, ids)
+            chosen, guessed = store.known(layer), None
+            if chosen is None and self.guess is not None and ids.size < SORT_FROM:
+                chosen, guessed = store.chosen(ids, self.guess(x))
+            elif chosen is None:
+                (chosen,) = store.chosen(ids)
             if chosen.size >= SORT_FROM:
                 return self._many(x, chosen, weights, shared)
             if len(np.unique(chosen)) <= store.tables[layer].slots:
-                return self._few(x, chosen, weights, shared)
+                y = self._few(x, chosen, weights, shared)
+                if guessed is not None:
+                    store.prefetch(layer + 1, np.unique(guessed).tolist())
+                return y
             return self._few_apart(x, chosen, weights, shared)
         except BaseException:
             store.abandon()
@@ -147,9 +156,16 @@ class StreamedExperts:
     def _run(
         self, products: ExpertProducts, x: mx.array, chosen: np.ndarray, weights: mx.array, slots: dict[int, int]
     ) -> mx.array:
+        """Results [P, D] of the pairs of some experts, in the order of `_pairs`."""
         pairs = _pairs(chosen, slots)
+        P, E = len(pairs), products.w1.weight.shape[0]
+        if chosen.size < SHARED_FROM * self._store.experts:
+            products = products.one_by_one()
+        else:  # the last pair again and again, until there are enough of them
+            pairs = np.pad(pairs, (0, max(SHARED_FROM * E - P, 16 - P, 0)), mode="edge")
         rows = mx.array(_lookup(slots, chosen.ravel()[pairs]))
-        return products.run(x, mx.array(pairs // chosen.shape[1]), rows, weights.flatten()[mx.array(pairs)])
+        y = products.run(x, mx.array(pairs // chosen.shape[1]), rows, weights.flatten()[mx.array(pairs)])
+        return y[:P]
 
     def _products(self, slots: SlotRange) -> ExpertProducts:
         w1, w3, w2 = (self._weights(slots.arrays, name) for name in ("w1", "w3", "w2"))

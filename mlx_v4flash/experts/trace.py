@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ class TraceWriter:
             self._file = path.open("w", encoding="utf-8")
         except OSError as e:
             raise RequestError(f"{path}: cannot be written: {e.strerror}\nhint: check its folder") from e
+        weakref.finalize(self, self._file.close)
         self._layers: list[mx.array] = []
         self._count = layers
         self._write({"format": FORMAT, "version": VERSION, "layers": layers, "experts": experts, "chosen": chosen})
@@ -45,9 +47,6 @@ class TraceWriter:
         assert len(layers) == self._count
         mx.eval(layers)
         self._write({"tokens": layers[0].shape[0], "experts": [ids.flatten().tolist() for ids in layers]})
-
-    def close(self) -> None:
-        self._file.close()
 
     def _write(self, values: dict[str, object]) -> None:
         self._file.write(json.dumps(values, separators=(",", ":")) + "\n")

@@ -1,0 +1,98 @@
+"""Which reader and how many threads are fastest on this disk: measured once, and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import platform
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from metal_kernels import _profile
+
+from .readers import READERS, PlainReader
+
+# A map is never chosen: a disk that fails under it ends the process. Direct reads come first, since they leave
+# nothing in the page cache for the others to find.
+KINDS, THREADS = ("direct", "pread"), (1, 4, 8)
+# Experts smaller than this are those of test models, for which nothing has to be measured.
+LEAST_BYTES = 1 << 20
+_BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to read; bytes_per_s is None if it was not measured."""
+
+    reader: str = "pread"
+    threads: int = 4
+    bytes_per_s: float | None = None
+
+
+def choose(path: Path, record_bytes: int) -> Choice:
+    """The remembered choice for the disk that holds a file; without one, the result of `measure`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if record_bytes < LEAST_BYTES or path.stat().st_size < 2 * record_bytes:
+        return Choice()
+    kept = _kept(path)
+    try:
+        return Choice(**json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass
+    best = max(measure(path, record_bytes), key=lambda choice: choice.bytes_per_s or 0.0)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(best)) + "\n", encoding="utf-8")
+        part.replace(kept)
+    except OSError:
+        pass  # it is measured again the next time
+    return best
+
+
+def measure(path: Path, record_bytes: int, seconds: float = 0.25) -> Iterator[Choice]:
+    """Every way that works here with its speed, from about so many seconds of reads at random places."""
+    for kind in KINDS:
+        try:
+            reader = READERS[kind](path)
+        except OSError:  # the file system knows no such reads
+            continue
+        try:
+            for threads in THREADS:
+                yield Choice(kind, threads, _speed(reader, path.stat().st_size, record_bytes, threads, seconds))
+        finally:
+            reader.close()
+
+
+def _speed(reader: PlainReader, file_bytes: int, record_bytes: int, threads: int, seconds: float) -> float:
+    begun = time.perf_counter()
+
+    def work(seed: int) -> int:
+        places, done = random.Random(f"{threads} {seed} {begun}"), 0
+        with mmap.mmap(-1, record_bytes) as memory, memoryview(memory) as buffer:
+            while not done or time.perf_counter() - begun < seconds:
+                offset = places.randrange((file_bytes - record_bytes) // _BLOCK + 1) * _BLOCK
+                if hasattr(os, "posix_fadvise"):  # what an earlier measurement left in the cache is no help later
+                    os.posix_fadvise(reader.fd, offset, record_bytes, os.POSIX_FADV_DONTNEED)
+                reader.read(offset, [buffer])
+                done += record_bytes
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(work, range(threads)))
+    return total / (time.perf_counter() - begun)
+
+
+def _kept(path: Path) -> Path:
+    """File of the choice for this machine and file system, beside what is known of the kernels."""
+    key = hashlib.sha256(f"{platform.platform()} {path.stat().st_dev}".encode()).hexdigest()[:16]
+    return _profile.path().with_name(f"readers-{key}.json")
