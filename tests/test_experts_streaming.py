@@ -410,13 +410,26 @@ def test_load_model_chooses(folders: dict[str, Path], resident: dict[str, Model]
     expect_same(whole, resident["fp4"], mx.array([[3, 4]]))
     opened = Checkpoint.open(folders["fp4"])
     record = record_bytes(open_source(opened).shapes)
-    few = load_model(folders["fp4"], memory=(opened.dense_bytes + record * (LAYERS * 4 + E + 1)) * 4 // 3)
+    few = load_model(
+        folders["fp4"], eviction="lru", memory=(opened.dense_bytes + record * (LAYERS * 4 + E + 1)) * 4 // 3
+    )
     assert few.store is not None
     assert [table.slots for table in few.store.tables] == [4] * LAYERS
     with pytest.raises(RequestError, match="experts: expected auto, resident, stream, found 'some'"):
         load_model(folders["fp4"], experts="some")
     with pytest.raises(RequestError, match="memory: expected at least"):
         load_model(folders["fp4"], memory=1000)
+    with pytest.raises(RequestError, match="eviction: expected lru or lfu, found 'fifo'"):
+        load_model(folders["fp4"], experts="stream", eviction="fifo")
+
+
+def test_progress_ends_with_everything(folders: dict[str, Path]) -> None:
+    for name in ("fp4", "fp8 converted"):
+        seen: list[tuple[int, int]] = []
+        load_model(folders[name], experts="stream", progress=lambda done, total, seen=seen: seen.append((done, total)))
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert len({total for _, total in seen}) == 1
+        assert seen[-1][0] == seen[-1][1]
 
 
 def test_buffers_are_no_larger_than_the_device_allows() -> None:
