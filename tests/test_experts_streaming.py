@@ -25,7 +25,7 @@ from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.cli import main
 from mlx_v4flash.converted import PACK, Converted, is_converted
 from mlx_v4flash.engine import stream_tokens
-from mlx_v4flash.errors import CheckpointError, ExpertReadError, RequestError, V4FlashError
+from mlx_v4flash.errors import CheckpointError, DeviceError, ExpertReadError, RequestError, V4FlashError
 from mlx_v4flash.experts import calibration
 from mlx_v4flash.experts.attach import Division, attach, begin, divide, open_source, parse_bytes
 from mlx_v4flash.experts.pool import Record, Shape, allocate, record_bytes
@@ -125,6 +125,32 @@ def test_any_lengths_chunks_and_batches(seed: int, folders: dict[str, Path], res
     for _ in range(3):
         T, B = int(rng.integers(1, 301)), int(rng.integers(1, 4))
         expect_same(model, resident["fp4"], prompt(rng, T // B + 1, B), chunk=int(rng.integers(1, 130)) + T // 5)
+
+
+def test_parts_of_a_prefill_go_the_way_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Metal MLX chooses between two sums by rows and matrices of each product; the choice must be the same."""
+    folder = write_tiny(tmp_path / "m", {**SMALL, "n_routed_experts": 40})
+    whole, rng = load_model(folder, experts="resident"), np.random.default_rng(2)
+    opened = Checkpoint.open(folder)
+    parts = Model(opened.config, Numerics())
+    store = attach(parts, open_source(opened), Division([3, 40, 11], 40))
+    load_weights(parts, opened)
+    begin(parts, store)
+    together, product = set[bool](), mx.gather_qmm
+
+    def spy(x: mx.array, w: mx.array, *args: Any, **options: Any) -> mx.array:
+        together.add(options["sorted_indices"] and len(x) >= 16 and len(x) // len(w) >= 4)
+        return product(x, w, *args, **options)
+
+    monkeypatch.setattr(mx, "gather_qmm", spy)
+    for T, expected in ((22, False), (50, False), (54, True), (90, True)):
+        ids = prompt(rng, T)
+        for model in (whole, parts):
+            together.clear()
+            result = model(ids)
+            mx.eval(result)
+            assert together == {expected}, T
+        assert mx.array_equal(result, whole(ids))
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -443,6 +469,12 @@ def test_buffers_are_no_larger_than_the_device_allows() -> None:
         for number, slots in enumerate(ranges, 1):
             assert slots.arrays["a"].sum().item() == 6
             assert slots.arrays["b"].sum(axis=1).tolist() == [0, 4 * number, *[0] * (slots.slots - 2)]
+
+
+def test_memory_that_host_and_device_do_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match=r"(?s)found a CUDA device.*--experts resident"):
+        allocate({"a": Shape((2,), mx.uint8)}, [1])
 
 
 def test_readers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
