@@ -213,6 +213,22 @@ def test_one_wait_for_each_layer_that_needs_it(slots: list[int], syncs: int, fol
     assert model.store.statistics.syncs == syncs
 
 
+def test_experts_known_from_tokens_are_on_their_way_before_the_first_layer(folders: dict[str, Path]) -> None:
+    model, seen = streamed(folders["fp4"], [A] * LAYERS), list[set[int]]()
+    assert model.store is not None
+    table = model.store.tables[0]
+    attention = type(model.layers[0].attn)
+
+    class Watching(attention):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any) -> mx.array:
+            seen.append(set(table.loading) | set(table.resident))
+            return super().__call__(*args)
+
+    model.layers[0].attn.__class__ = Watching
+    mx.eval(model(mx.array([[9]])))
+    assert seen == [set(np.array(model.layers[0].ffn.gate.tid2eid)[9].tolist())]
+
+
 def test_an_expert_is_read_once_for_a_chunk(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, rng = streamed(folders["fp4 converted"], [4, 4, 5]), np.random.default_rng(5)
     assert model.store is not None
