@@ -34,6 +34,7 @@ def load_model(
     quantize_activations: bool = False,
     experts: str = "auto",
     memory: str | int | None = None,
+    prefetch: bool = False,
     verify_reads: bool = False,
     trace: str | Path | None = None,
     progress: Progress | None = None,
@@ -49,6 +50,7 @@ def load_model(
         experts: where routed experts live: "resident", all in memory; "stream", from disk, with as many in memory as
             there is room for; "auto", streamed only if they do not fit. The results are the same, bit for bit.
         memory: what weights and work may take, in bytes or as "48GB". If absent, what the machine can give.
+        prefetch: while a layer computes, read what the next will need, by a guess that is often wrong.
         verify_reads: compare every streamed expert with its checksum; of converted checkpoints.
         trace: file to write the chosen experts of every pass to.
         progress: called with bytes loaded and bytes in all.
@@ -72,7 +74,7 @@ def load_model(
     doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
     if division is not None:
-        attach(model, open_source(checkpoint, verify_reads), division)
+        attach(model, open_source(checkpoint, verify_reads), division, prefetch)
     if model.store is None:
         load_weights(model, checkpoint, progress)
     else:

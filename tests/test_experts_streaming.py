@@ -79,10 +79,12 @@ class Reads(Files):
         super().read(path, offset, buffers)
 
 
-def streamed(folder: Path, slots: list[int], files: Files | None = None, verify: bool = False) -> Model:
+def streamed(
+    folder: Path, slots: list[int], files: Files | None = None, verify: bool = False, prefetch: bool = False
+) -> Model:
     opened = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
     model = Model(opened.config, Numerics())
-    store = attach(model, open_source(opened, verify), Division(slots, E), files=files or Reads())
+    store = attach(model, open_source(opened, verify), Division(slots, E), prefetch=prefetch, files=files or Reads())
     load_weights(model, opened)
     begin(model, store)
     return model
@@ -214,6 +216,21 @@ def test_prefill_leaves_the_most_used_experts(folders: dict[str, Path]) -> None:
         counts = np.bincount(seen[number].ravel(), minlength=E)
         held = sorted(counts[list(table.resident)])
         assert held == sorted(counts)[-4:]
+
+
+def test_guesses_change_no_result(folders: dict[str, Path], resident: dict[str, Model]) -> None:
+    files, rng = Reads(), np.random.default_rng(10)
+    model = streamed(folders["fp4"], [A, 4, 6], files, prefetch=True)
+    for T in (1, 2, 5, 40, 1, 4, 60):
+        expect_same(model, resident["fp4"], prompt(rng, T), steps=3)
+    files.before = fails_once(OSError(errno.EIO, "Input/output error"), after=8)
+    with pytest.raises(ExpertReadError):
+        for _ in range(9):
+            mx.eval(model(prompt(rng, 1)))
+    expect_same(model, resident["fp4"], prompt(rng, 1), steps=9)
+    assert model.store is not None
+    found = model.store.statistics
+    assert 0 < found.prefetched_used < found.prefetched
 
 
 def fails_once(error: BaseException, after: int = 0) -> Callable[[], None]:

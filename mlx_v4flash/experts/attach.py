@@ -119,10 +119,11 @@ def open_source(checkpoint: Checkpoint | Converted, verify: bool = False) -> Sou
     return PackSource(checkpoint, verify) if isinstance(checkpoint, Converted) else ShardSource(checkpoint, verify)
 
 
-def attach(model: Model, source: Source, division: Division, **options: Any) -> ExpertStore:
+def attach(model: Model, source: Source, division: Division, prefetch: bool = False, **options: Any) -> ExpertStore:
     """Put streamed experts in the place of resident ones, whose parameters are gone then.
 
     Args:
+        prefetch: load what the next layer will need, as its router guesses from the input of this layer.
         options: of `ExpertStore`; readers are chosen by `calibration` if there are none.
     """
     if "files" not in options:
@@ -130,7 +131,10 @@ def attach(model: Model, source: Source, division: Division, **options: Any) -> 
         options = {"threads": choice.threads} | options | {"files": Files(choice.reader)}
     store = ExpertStore(source, division.slots, model.config.n_routed_experts, staging=division.staging, **options)
     for number, layer in enumerate(model.layers):
-        layer.ffn.experts = StreamedExperts(store, number, model.config, model.numerics)
+        layer.ffn.experts = streamed = StreamedExperts(store, number, model.config, model.numerics)
+        if prefetch and number + 1 < len(model.layers) and not store.whole[number + 1]:
+            gate = model.layers[number + 1].ffn.gate
+            streamed.guess = None if gate.hashed else lambda x, gate=gate: gate(x, mx.zeros((len(x),), mx.int32))[0]
     model.around = store.step
     model.store = store
     return store

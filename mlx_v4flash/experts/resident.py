@@ -12,12 +12,16 @@ from ..linear import Numerics
 from .products import SORT_FROM, ExpertProducts, SharedExpert
 
 
+# MLX's names of the formats in a config.
+MODES = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}
+
+
 class ExpertMatrix(nn.Module):
     """One matrix of every expert: weight [E, rows, columns], packed with scales or plain."""
 
     def __init__(self, config: ModelConfig, rows: int, columns: int) -> None:
         super().__init__()
-        self.mode = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}[config.expert_dtype]
+        self.mode = MODES[config.expert_dtype]
         E = config.n_routed_experts
         if self.mode == "plain":
             self.weight = mx.zeros((E, rows, columns))

@@ -29,6 +29,7 @@ class Statistics:
         records, bytes_read: from disk.
         disk_s: time in which reads were under way; wait_s: the part of it in which nothing else was done.
         syncs: how often the host waited for the device to learn which experts are needed.
+        prefetched: experts loaded on a guess; prefetched_used: those that the next call needed.
     """
 
     layers: list[LayerCounts] = field(default_factory=list)
@@ -38,6 +39,8 @@ class Statistics:
     disk_s: float = 0.0
     wait_s: float = 0.0
     syncs: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add_read(self, nbytes: int) -> None:
@@ -57,5 +60,7 @@ class Statistics:
             "expert_disk_exposed_s": round(self.wait_s, 3),
             "expert_evictions": sum(layer.evictions for layer in self.layers),
             "expert_syncs": self.syncs,
+            "expert_prefetch_useful": self.prefetched_used,
+            "expert_prefetch_wasted": self.prefetched - self.prefetched_used,
             "expert_layers": [asdict(layer) | {"hit_rate": layer.hit_rate} for layer in self.layers],
         }

@@ -73,6 +73,7 @@ class ExpertStore:
         self._hashed: dict[int, np.ndarray] = {}
         self._known: dict[int, np.ndarray] = {}
         self._staged: dict[int, Loads] = {}
+        self._ahead: dict[int, Loads] = {}
         self._reading: dict[int | None, list[mx.array]] = {}
         self._running: set[Future[float]] = set()
         self._broken = False
@@ -129,14 +130,15 @@ class ExpertStore:
             self._known.clear()
             self._staged.clear()
 
-    def chosen(self, layer: int, ids: mx.array) -> np.ndarray:
-        """Numbers of the chosen experts [T, A], on the host: the one wait of a streamed layer."""
-        known = self._known.pop(layer, None)
-        if known is not None:
-            return known
+    def known(self, layer: int) -> np.ndarray | None:
+        """Numbers of the chosen experts [T, A], if they follow from the tokens of this pass."""
+        return self._known.pop(layer, None)
+
+    def chosen(self, *ids: mx.array) -> list[np.ndarray]:
+        """The same, from the device: the one wait of a streamed layer."""
         self.statistics.syncs += 1
         mx.eval(ids)
-        return np.array(ids)
+        return [np.array(some) for some in ids]
 
     def stage(self, layer: int, distinct: list[int]) -> Loads:
         """Begin to load those of the experts that the layer's own slots do not hold; all of them will stay there."""
@@ -146,8 +148,19 @@ class ExpertStore:
         missing = self.count(layer, distinct)
         return self._load(layer, missing, keep=distinct)
 
+    def prefetch(self, layer: int, experts: list[int]) -> None:
+        """Begin to load experts that the next call of a layer will need, as far as one can guess."""
+        missing = self.tables[layer].missing(experts)
+        if missing and len(experts) <= self.tables[layer].slots and layer not in self._ahead:
+            self._ahead[layer] = self._load(layer, missing, keep=experts)
+            self.statistics.prefetched += len(missing)
+
     def count(self, layer: int, distinct: list[int]) -> list[int]:
-        """Note that a call uses these experts; those that are not in the layer's slots."""
+        """Note that a call uses these experts; those that the layer's slots do not hold, guesses included by now."""
+        ahead = self._ahead.pop(layer, None)
+        if ahead is not None:
+            self.finish(ahead)
+            self.statistics.prefetched_used += len(set(ahead.experts).intersection(distinct))
         table, counts = self.tables[layer], self.statistics.layers[layer]
         missing = table.missing(distinct)
         table.use(distinct)
@@ -217,6 +230,7 @@ class ExpertStore:
         self._broken = True
         self._known.clear()
         self._staged.clear()
+        self._ahead.clear()
         for future in self._running:
             future.cancel()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +13,8 @@ from ..config import ModelConfig
 from ..linear import Numerics
 from .pool import SlotRange
 from .products import SHARED_FROM, SORT_FROM, ExpertProducts, SharedExpert, token_of_pair
-from .resident import compute_all
+from .resident import MODES, compute_all
 from .store import ExpertStore, Loads
-
-MODES = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}
 
 
 class StreamedExperts:
@@ -28,11 +26,10 @@ class StreamedExperts:
 
     def __init__(self, store: ExpertStore, layer: int, config: ModelConfig, numerics: Numerics) -> None:
         self._store, self._layer = store, layer
-        self._limit, self._round_input, self._mode = (
-            config.swiglu_limit,
-            numerics.round_input,
-            MODES[config.expert_dtype],
-        )
+        self._limit, self._round_input = config.swiglu_limit, numerics.round_input
+        self._mode = MODES[config.expert_dtype]
+        # Experts [T, A] that the next layer will choose, from this layer's input [T, D]; None to load nothing ahead.
+        self.guess: Callable[[mx.array], mx.array] | None = None
         self._own = self._products(store.ranges[layer])
         if store.staging is not None:
             half = store.staging.slots // 2 or 1
@@ -46,11 +43,18 @@ class StreamedExperts:
         if store.whole[layer]:
             return compute_all(self._own, x, ids, weights, shared)
         try:
-            chosen = store.chosen(layer, ids)
+            chosen, guessed = store.known(layer), None
+            if chosen is None and self.guess is not None and ids.size < SORT_FROM:
+                chosen, guessed = store.chosen(ids, self.guess(x))
+            elif chosen is None:
+                (chosen,) = store.chosen(ids)
             if chosen.size >= SORT_FROM:
                 return self._many(x, chosen, weights, shared)
             if len(np.unique(chosen)) <= store.tables[layer].slots:
-                return self._few(x, chosen, weights, shared)
+                y = self._few(x, chosen, weights, shared)
+                if guessed is not None:
+                    store.prefetch(layer + 1, np.unique(guessed).tolist())
+                return y
             return self._few_apart(x, chosen, weights, shared)
         except BaseException:
             store.abandon()
