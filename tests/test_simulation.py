@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -78,7 +79,7 @@ def test_a_pass_with_more_experts_than_slots():
 def test_more_memory_and_knowing_the_future_help():
     found = curves(synthetic(2, 64, 4, 300))
     for rates in found.rates.values():
-        assert all(a <= b + 0.01 for a, b in zip(rates, rates[1:], strict=False))
+        assert all(a <= b + 0.01 for a, b in itertools.pairwise(rates))
     for name in ("LRU", "LFU"):
         assert all(r <= best for r, best in zip(found.rates[name], found.rates["Belady"], strict=True))
     assert len({rates[-1] for rates in found.rates.values()}) == 1  # everything fits: first uses alone miss
@@ -86,7 +87,7 @@ def test_more_memory_and_knowing_the_future_help():
 
 @pytest.mark.parametrize(("slots", "published"), [(14, 0.405), (28, 0.594), (56, 0.744), (113, 0.865), (228, 0.91)])
 def test_synthetic_resembles_what_was_published(slots, published):
-    assert abs(hit_rate(synthetic(2, 256, 6, 430), slots, POLICIES["LRU"]) - published) < 0.06
+    assert abs(hit_rate(synthetic(2, 256, 6, 430), slots, POLICIES["LRU"]) - published) < 0.04
 
 
 def test_synthetic_is_the_same_for_the_same_seed():

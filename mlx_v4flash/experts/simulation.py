@@ -21,7 +21,7 @@ POLICIES: dict[str, Policy] = {"LRU": lambda _: LRU(), "LFU": lambda _: LFU(), "
 SHARES = (0.03, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 # Of `synthetic`: chosen so that LRU over 430 tokens is near the one published curve of this model's routing, which has
 # 40, 59, 74, 86 and 91 % of hits with 5.5, 11, 22, 44 and 89 % of the experts in memory.
-EXPONENT, RECENCY, HALF_LIFE = 0.4, 3.0, 16.0
+EXPONENT, RECENCY, HALF_LIFE = 0.45, 2.7, 14.0
 
 
 @dataclass(frozen=True)
