@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import shutil
@@ -30,6 +32,7 @@ from mlx_v4flash.experts import calibration
 from mlx_v4flash.experts.attach import Division, attach, begin, divide, open_source, parse_bytes
 from mlx_v4flash.experts.pool import Record, Shape, allocate, record_bytes
 from mlx_v4flash.experts.readers import READERS, Buffers, Files
+from mlx_v4flash.experts.store import Loads
 from mlx_v4flash.linear import Numerics
 from mlx_v4flash.model import Model
 from mlx_v4flash.tiny import TINY, write_tiny
@@ -319,6 +322,20 @@ def test_a_reader_that_dies(dies: BaseException, folders: dict[str, Path], resid
     expect_same(model, resident["fp4"], ids)
 
 
+def test_ctrl_c_while_the_model_loads_leaves_no_thread(folders: dict[str, Path]) -> None:
+    before = set(threading.enumerate())
+    timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        streamed(folders["fp4"], [E] * LAYERS, Reads(before=lambda: time.sleep(0.05)))
+    timer.join()
+    deadline = time.monotonic() + 5
+    while left := {t for t in threading.enumerate() if t.name.startswith("experts")} - before:
+        assert time.monotonic() < deadline, left
+        gc.collect()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("T", [1, 50])
 def test_ctrl_c_while_experts_load(T: int, folders: dict[str, Path], resident: dict[str, Model]) -> None:
     files = Reads()
@@ -335,14 +352,32 @@ def test_ctrl_c_while_experts_load(T: int, folders: dict[str, Path], resident: d
     begun = time.monotonic()
     model.store.close()
     assert time.monotonic() - begun < 1
-    assert not [
-        thread for thread in threading.enumerate() if thread.name.startswith("experts") and thread in _threads(model)
-    ]
 
 
-def _threads(model: Model) -> set[threading.Thread]:
-    assert model.store is not None
-    return set(model.store._pool._threads)
+@pytest.mark.parametrize("T", [1, 40])
+def test_ctrl_c_at_any_wait(
+    T: int, folders: dict[str, Path], resident: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the host stops waiting for loads: no slot counts as filled that is not."""
+    model, rng = streamed(folders["fp4"], [A, 4, A]), np.random.default_rng(T)
+    store = model.store
+    assert store is not None
+    finish = store.finish
+    for interrupted in range(6):
+        left = [interrupted]
+
+        def stop(loads: Loads, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            finish(loads)
+
+        monkeypatch.setattr(store, "finish", stop)
+        ids = prompt(rng, T)
+        with contextlib.suppress(KeyboardInterrupt):
+            mx.eval(model(ids))
+        monkeypatch.setattr(store, "finish", finish)
+        expect_same(model, resident["fp4"], ids)
 
 
 def own_copy(folder: Path, to: Path) -> Path:
