@@ -244,6 +244,28 @@ def doctor(kernels: bool, emulate: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
+@main.command("cache-sim")
+@click.argument("trace", type=PATH)
+@click.option("--slots", help="Experts of a layer in memory, such as 16,32,64. Default: 3 to 100 % of them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file, too.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture; needs matplotlib.")
+def cache_sim(trace: Path, slots: str | None, as_json: bool, output: Path | None, plot: Path | None) -> None:
+    """How many experts would have been found in memory, for the choices in TRACE (see --trace).
+
+    LRU and LFU are policies a model can run with; Belady knows the future and is the best that any could do.
+    """
+    from .experts.simulation import curves
+    from .experts.trace import read_trace
+
+    found = curves(read_trace(trace), None if slots is None else _numbers(slots))
+    if output is not None:
+        output.write_text(found.json() + "\n", encoding="utf-8")
+    if plot is not None:
+        found.plot(plot)
+    click.echo(found.json() if as_json else found.table())
+
+
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("command")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted, expect_finished, is_converted
 from .errors import CheckpointError, RequestError
-from .experts.attach import attach, begin, chosen_division, follow, open_source, parse_bytes
+from .experts.attach import attach, begin, chosen_division, follow, open_source, parse_bytes, policy
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
 from .model import Model
@@ -34,6 +34,7 @@ def load_model(
     quantize_activations: bool = False,
     experts: str = "auto",
     memory: str | int | None = None,
+    eviction: str = "lfu",
     prefetch: bool = False,
     verify_reads: bool = False,
     trace: str | Path | None = None,
@@ -50,6 +51,7 @@ def load_model(
         experts: where routed experts live: "resident", all in memory; "stream", from disk, with as many in memory as
             there is room for; "auto", streamed only if they do not fit. The results are the same, bit for bit.
         memory: what weights and work may take, in bytes or as "48GB". If absent, what the machine can give.
+        eviction: which expert gives its place to another, "lru", the one used longest ago, or "lfu", the least often.
         prefetch: while a layer computes, read what the next will need, by a guess that is often wrong.
         verify_reads: compare every streamed expert with its checksum; of converted checkpoints.
         trace: file to write the chosen experts of every pass to.
@@ -74,18 +76,21 @@ def load_model(
     doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
     if division is not None:
-        attach(model, open_source(checkpoint, verify_reads), division, prefetch)
-    if model.store is None:
-        load_weights(model, checkpoint, progress)
-    else:
-        dense, total = checkpoint.dense_bytes, checkpoint.dense_bytes + model.store.whole_bytes
-        count = progress or (lambda done, total: None)
-        load_weights(model, checkpoint, lambda done, _: count(done, total))
-        begin(model, model.store, lambda done: count(dense + done, total))
+        attach(model, open_source(checkpoint, verify_reads), division, prefetch, eviction=policy(eviction))
+    _fill(model, checkpoint, progress or (lambda done, total: None))
     if trace is not None:
         follow(model, Path(trace))
     model.eval()
     return model
+
+
+def _fill(model: Model, checkpoint: Checkpoint | Converted, progress: Progress) -> None:
+    if model.store is None:
+        load_weights(model, checkpoint, progress)
+        return
+    dense, total = checkpoint.dense_bytes, checkpoint.dense_bytes + model.store.whole_bytes
+    load_weights(model, checkpoint, lambda done, _: progress(done, total))
+    begin(model, model.store, lambda done: progress(dense + done, total))
 
 
 def load(

@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..converted import Converted
 from ..errors import RequestError
 from .calibration import choose
+from .eviction import LFU, LRU, Eviction
 from .pool import record_bytes
 from .readers import Files
 from .source import PackSource, ShardSource, Source
@@ -28,6 +29,7 @@ from .trace import TraceWriter
 if TYPE_CHECKING:
     from ..model import Model
 
+POLICIES: dict[str, Callable[[], Eviction]] = {"lru": LRU, "lfu": LFU}
 CHOICES = ("auto", "resident", "stream")
 # Of the memory, what is left to caches, activations and MLX's own buffers.
 WORKING_BYTES = 2 << 30
@@ -113,6 +115,17 @@ def chosen_division(
     routed = record_bytes(opened.shapes) * checkpoint.config.n_routed_experts * checkpoint.config.num_hidden_layers
     dense = max(checkpoint.nbytes - routed, 0)
     return divide(opened, checkpoint.config, budget - dense - working)
+
+
+def policy(name: str) -> Callable[[], Eviction]:
+    """What decides about the slots of one layer.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    if name not in POLICIES:
+        raise RequestError(f"eviction: expected {' or '.join(POLICIES)}, found {name!r}")
+    return POLICIES[name]
 
 
 def open_source(checkpoint: Checkpoint | Converted, verify: bool = False) -> Source:
