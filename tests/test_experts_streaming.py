@@ -494,8 +494,14 @@ def test_load_model_chooses(folders: dict[str, Path], resident: dict[str, Model]
     assert [table.slots for table in few.store.tables] == [4] * LAYERS
     with pytest.raises(RequestError, match="experts: expected auto, resident, stream, found 'some'"):
         load_model(folders["fp4"], experts="some")
-    with pytest.raises(RequestError, match="memory: expected at least"):
+    with pytest.raises(RequestError, match=r"memory: expected at least [0-9,]+ bytes for this model") as refused:
         load_model(folders["fp4"], memory=1000)
+    least = int(str(refused.value).split()[4].replace(",", ""))
+    barely = load_model(folders["fp4"], memory=least)
+    assert barely.store is not None
+    assert [table.slots for table in barely.store.tables] == [A] * LAYERS
+    with pytest.raises(RequestError, match="memory: expected at least"):
+        load_model(folders["fp4"], memory=least - 1)
     with pytest.raises(RequestError, match="eviction: expected lru or lfu, found 'fifo'"):
         load_model(folders["fp4"], experts="stream", eviction="fifo")
 

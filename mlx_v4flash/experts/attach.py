@@ -70,6 +70,13 @@ class Division:
     staging: int
 
 
+def least_bytes(source: Source, config: ModelConfig) -> int:
+    """Of slots for one token's experts in every layer and the staging range, or of all experts if they are fewer."""
+    layers, E = config.num_hidden_layers, config.n_routed_experts
+    slots = min(layers * config.num_experts_per_tok + min(E, STAGING), layers * E)
+    return slots * record_bytes(source.shapes)
+
+
 def divide(source: Source, config: ModelConfig, expert_bytes: int) -> Division:
     """The same number of slots for each layer out of so many bytes.
 
@@ -79,15 +86,11 @@ def divide(source: Source, config: ModelConfig, expert_bytes: int) -> Division:
     layers, E, record = config.num_hidden_layers, config.n_routed_experts, record_bytes(source.shapes)
     if expert_bytes >= layers * E * record:
         return Division([E] * layers, 0)
+    least = least_bytes(source, config)
+    if expert_bytes < least:
+        raise RequestError(f"memory: expected at least {least:,} bytes for routed experts, found {expert_bytes:,}")
     staging = min(E, STAGING)
     each = (expert_bytes // record - staging) // layers
-    least = config.num_experts_per_tok
-    if each < least:
-        needed = (least * layers + staging) * record
-        raise RequestError(
-            f"memory: expected at least {needed:,} bytes for routed experts, found {max(expert_bytes, 0):,} beside the "
-            "other weights\nhint: allow more (--memory), or close other programs"
-        )
     return Division([min(each, E)] * layers, staging)
 
 
@@ -112,8 +115,14 @@ def chosen_division(
     if experts == "auto" and checkpoint.nbytes + working <= budget:
         return None
     opened = source()
-    routed = record_bytes(opened.shapes) * checkpoint.config.n_routed_experts * checkpoint.config.num_hidden_layers
-    dense = max(checkpoint.nbytes - routed, 0)
+    dense = checkpoint.dense_bytes
+    least = dense + least_bytes(opened, checkpoint.config)
+    least += min(WORKING_BYTES, -(-least // 3))
+    if budget < least:
+        raise RequestError(
+            f"memory: expected at least {least:,} bytes for this model, found {budget:,}\n"
+            "hint: allow more (--memory) if the machine has it; other programs may have to be closed"
+        )
     return divide(opened, checkpoint.config, budget - dense - working)
 
 
