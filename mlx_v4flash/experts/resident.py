@@ -11,7 +11,6 @@ from ..config import ModelConfig
 from ..linear import Numerics
 from .products import SORT_FROM, ExpertProducts, SharedExpert
 
-
 # MLX's names of the formats in a config.
 MODES = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}
 
