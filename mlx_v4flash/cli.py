@@ -244,6 +244,33 @@ def doctor(kernels: bool, emulate: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
+@main.command()
+@click.argument("model", required=False)
+@click.option("--real", is_flag=True, help="The sizes of V4-Flash, without a file of it.")
+@click.option("--revision", help="Branch, tag or commit of the repository.")
+@click.option("--memory", metavar="BYTES", help="What the process may take, such as 48GB. Default: what the machine "
+              "can give.")  # fmt: skip
+@click.option("--max-context", type=int, help="Tokens a conversation may have. Default: 32768, or the model's own.")
+@click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass.")
+@click.option("--trace", type=PATH, help="Choices of experts to expect; without it invented ones.")
+@click.option("--disk", metavar="BYTES", help="Read from disk in a second, such as 5GB. Default: measured.")
+@click.option("--bandwidth", metavar="BYTES", help="Read from memory in a second. Default: measured on the processor.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def plan(model: str | None, real: bool, **options: Any) -> None:
+    """What MODEL, a folder or a repository, will take of memory; exit code 1 if it does not fit.
+
+    Nothing is loaded. Of a repository only config.json is downloaded.
+    """
+    from .plan_source import planned
+
+    if (model is None) != real:
+        raise click.UsageError("expected MODEL or --real")
+    text, fits = planned(model, **options)
+    click.echo(text)
+    if not fits:
+        sys.exit(1)
+
+
 @main.command("cache-sim")
 @click.argument("trace", type=PATH)
 @click.option("--slots", help="Experts of a layer in memory, such as 16,32,64. Default: 3 to 100 % of them.")

@@ -59,11 +59,12 @@ def stream_generate(
         sampler=sampler,
         prompt_cache=cache,
         prefill_step_size=prefill_chunk,
-        prompt_progress_callback=prompt_progress,
+        prompt_progress_callback=_guarded(model, prompt_progress),
         **options,
     )
     seen = list(ids)
     for response in responses:
+        _expect_planned(model)
         _expect_number(model, response.token, response.logprobs, seen if fresh else None, cache, prefill_chunk)
         seen.append(response.token)
         yield response
@@ -94,11 +95,12 @@ def stream_tokens(
             sampler=sampler,
             prompt_cache=prompt_cache,
             prefill_step_size=prefill_chunk,
-            prompt_progress_callback=prompt_progress,
+            prompt_progress_callback=_guarded(model, prompt_progress),
         )
         step: tuple[Any, mx.array]
         for step in steps:  # mlx-lm annotates the ids as arrays; they are numbers
             token, logprobs = int(step[0]), step[1]
+            _expect_planned(model)
             _expect_number(model, token, logprobs, ids if fresh else None, prompt_cache, prefill_chunk)
             ids.append(token)
             yield token
@@ -137,13 +139,54 @@ def _check(model: Model, ids: list[int], position: int, max_tokens: int, prefill
             f"prompt: expected token ids from 0 to {config.vocab_size - 1}, found {outside[0]} at "
             f"position {ids.index(outside[0])}\nhint: the tokenizer may belong to another model"
         )
+    planned = _planned_room(model, position + len(ids), prefill_chunk)
     room = config.max_position_embeddings - position - len(ids)
     if room < 1:
         raise RequestError(
             f"prompt: expected fewer than {config.max_position_embeddings - position} tokens, the room left in the "
             f"model's context of {config.max_position_embeddings}, found {len(ids)}\nhint: shorten the prompt"
         )
-    return room
+    return min(room, planned)
+
+
+def _planned_room(model: Model, tokens: int, prefill_chunk: int) -> int:
+    """Tokens after these that the plan of memory has room for. Refuses what it has none for."""
+    plan = model.plan
+    if plan is None:
+        return model.config.max_position_embeddings
+    if prefill_chunk > plan.chunk:
+        raise RequestError(f"prefill_chunk: expected at most the planned {plan.chunk}, found {prefill_chunk}")
+    if tokens >= plan.max_context:
+        raise RequestError(
+            f"prompt: expected fewer than the {plan.max_context:,} tokens that memory was planned for, found {tokens:,}"
+            "\nhint: load with a larger max_context (--max-context), or shorten the prompt"
+        )
+    return plan.max_context - tokens
+
+
+def _guarded(model: Model, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+    """Looks after memory at every chunk of a prompt."""
+
+    def step(done: int, total: int) -> None:
+        _expect_planned(model)
+        if progress is not None:
+            progress(done, total)
+
+    return step
+
+
+def _expect_planned(model: Model) -> None:
+    """Raise RequestError if arrays take more than the plan leaves them; what MLX keeps of freed memory goes first."""
+    plan = model.plan
+    if plan is None or mx.get_active_memory() + mx.get_cache_memory() <= plan.array_bytes:
+        return
+    mx.clear_cache()
+    active = mx.get_active_memory()
+    if active > plan.array_bytes:
+        raise RequestError(
+            f"memory: expected at most {plan.array_bytes:,} bytes in arrays, found {active:,}\n"
+            "hint: the request was stopped; close other conversations, shorten this one, or load with more --memory"
+        )
 
 
 def _expect_number(

@@ -16,10 +16,12 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted, expect_finished, is_converted
 from .errors import CheckpointError, RequestError
-from .experts.attach import attach, begin, chosen_division, follow, open_source, parse_bytes, policy
+from .experts.attach import Division, attach, begin, follow, open_source, policy
+from .experts.pool import record_bytes
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
 from .model import Model
+from .plan import Plan, plan_for_load
 from .weights import Progress, load_weights
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -35,6 +37,7 @@ def load_model(
     experts: str = "auto",
     memory: str | int | None = None,
     eviction: str = "lfu",
+    max_context: int | None = None,
     prefetch: bool = False,
     verify_reads: bool = False,
     trace: str | Path | None = None,
@@ -50,8 +53,9 @@ def load_model(
         quantize_activations: round the inputs of quantised linear layers to FP8, as the official code does.
         experts: where routed experts live: "resident", all in memory; "stream", from disk, with as many in memory as
             there is room for; "auto", streamed only if they do not fit. The results are the same, bit for bit.
-        memory: what weights and work may take, in bytes or as "48GB". If absent, what the machine can give.
+        memory: what the process may take, in bytes or as "48GB". If absent, what the machine can give.
         eviction: which expert gives its place to another, "lru", the one used longest ago, or "lfu", the least often.
+        max_context: tokens that a conversation may have, which memory is kept for; with a plan 32,768 if absent.
         prefetch: while a layer computes, read what the next will need, by a guess that is often wrong.
         verify_reads: compare every streamed expert with its checksum; of converted checkpoints.
         trace: file to write the chosen experts of every pass to.
@@ -60,8 +64,7 @@ def load_model(
     Raises:
         ConfigError, CheckpointError, HubError: what is wrong, where, and what to do.
         RequestError: an argument is none of those above, the memory does not suffice, or the sizes do not allow a
-            rounding that was asked for.
-        DeviceError: streaming on a device that cannot.
+            rounding that was asked for. DeviceError: streaming on a device that cannot.
     """
     if dtype not in DTYPES:
         raise RequestError(
@@ -72,11 +75,13 @@ def load_model(
     checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
     numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
-    division = chosen_division(checkpoint, lambda: open_source(checkpoint), experts, parse_bytes(memory))
+    plan = plan_for_load(checkpoint, lambda: _record(checkpoint), experts, memory, max_context, numerics.packed_caches)
     doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
-    if division is not None:
-        attach(model, open_source(checkpoint, verify_reads), division, prefetch, eviction=policy(eviction))
+    _follow_plan(model, plan)
+    if plan is not None and (plan.streamed or experts == "stream"):
+        source, division = open_source(checkpoint, verify_reads), Division(plan.slots, plan.staging)
+        attach(model, source, division, prefetch, eviction=policy(eviction))
     _fill(model, checkpoint, progress or (lambda done, total: None))
     if trace is not None:
         follow(model, Path(trace))
@@ -84,7 +89,19 @@ def load_model(
     return model
 
 
+def _record(checkpoint: Checkpoint | Converted) -> int:
+    """Bytes of an expert in a slot."""
+    return record_bytes(open_source(checkpoint).shapes)
+
+
+def _follow_plan(model: Model, plan: Plan | None) -> None:
+    model.plan = plan
+    if plan is not None:
+        mx.set_cache_limit(plan.parts["free buffers"])
+
+
 def _fill(model: Model, checkpoint: Checkpoint | Converted, progress: Progress) -> None:
+    """Load weights, and the layers that a store holds whole."""
     if model.store is None:
         load_weights(model, checkpoint, progress)
         return

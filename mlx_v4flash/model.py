@@ -20,6 +20,7 @@ from .rope import RotaryTables, Rotations
 
 if TYPE_CHECKING:
     from .experts.store import ExpertStore
+    from .plan import Plan
 
 
 class Model(nn.Module):
@@ -39,6 +40,7 @@ class Model(nn.Module):
         self._tables = RotaryTables(config)
         self.around: Callable[[mx.array], AbstractContextManager[object]] = nullcontext  # of every pass, with its ids
         self.store: ExpertStore | None = None  # of streamed experts
+        self.plan: Plan | None = None  # of memory, kept to by the engine
 
     def __call__(self, ids: mx.array, cache: list[LayerCache] | None = None) -> mx.array:
         """Logits of the next token at each position.

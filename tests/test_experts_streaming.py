@@ -29,12 +29,13 @@ from mlx_v4flash.converted import PACK, Converted, is_converted
 from mlx_v4flash.engine import stream_tokens
 from mlx_v4flash.errors import CheckpointError, DeviceError, ExpertReadError, RequestError, V4FlashError
 from mlx_v4flash.experts import calibration
-from mlx_v4flash.experts.attach import Division, attach, begin, divide, open_source, parse_bytes
+from mlx_v4flash.experts.attach import Division, attach, begin, open_source, parse_bytes
 from mlx_v4flash.experts.pool import Record, Shape, allocate, record_bytes
 from mlx_v4flash.experts.readers import READERS, Buffers, Files
-from mlx_v4flash.experts.store import Loads
+from mlx_v4flash.experts.store import STAGING, Loads
 from mlx_v4flash.linear import Numerics
 from mlx_v4flash.model import Model
+from mlx_v4flash.plan import make_plan, sizes_of
 from mlx_v4flash.tiny import TINY, write_tiny
 from mlx_v4flash.weights import load_weights
 
@@ -457,12 +458,17 @@ def test_memory_is_divided(folders: dict[str, Path]) -> None:
     opened = Checkpoint.open(folders["fp4"])
     source = open_source(opened)
     record = record_bytes(source.shapes)
-    assert divide(source, opened.config, record * LAYERS * E) == Division([E] * LAYERS, 0)
-    assert divide(source, opened.config, record * (LAYERS * 5 + E)) == Division([5] * LAYERS, E)
-    least = record * (LAYERS * A + E)
-    assert divide(source, opened.config, least) == Division([A] * LAYERS, E)
-    with pytest.raises(RequestError, match=f"memory: expected at least {least:,} bytes for routed experts"):
-        divide(source, opened.config, least - 1)
+    sizes = sizes_of(opened.config, opened, record)
+    plan = make_plan(opened.config, sizes)
+    assert (plan.slots, plan.staging, plan.fits) == ([E] * LAYERS, 0, True)
+    least = make_plan(opened.config, sizes, memory=plan.smallest)
+    assert (least.slots, least.staging, least.fits) == ([A] * LAYERS, min(E, STAGING), True)
+    assert least.total == least.smallest == least.budget
+    more = make_plan(opened.config, sizes, memory=plan.smallest + record * (LAYERS + 1))
+    assert more.slots == [A + 2] + [A + 1] * (LAYERS - 1)
+    less = make_plan(opened.config, sizes, memory=plan.smallest - 1)
+    with pytest.raises(RequestError, match=f"memory: expected at least {plan.smallest:,} bytes"):
+        less.expect_fits()
 
 
 @pytest.mark.parametrize(
@@ -487,15 +493,14 @@ def test_load_model_chooses(folders: dict[str, Path], resident: dict[str, Model]
     expect_same(whole, resident["fp4"], mx.array([[3, 4]]))
     opened = Checkpoint.open(folders["fp4"])
     record = record_bytes(open_source(opened).shapes)
-    few = load_model(
-        folders["fp4"], eviction="lru", memory=(opened.dense_bytes + record * (LAYERS * 4 + E + 1)) * 4 // 3
-    )
+    smallest = make_plan(opened.config, sizes_of(opened.config, opened, record)).smallest
+    few = load_model(folders["fp4"], eviction="lru", memory=smallest + record * LAYERS * (4 - A))
     assert few.store is not None
     assert [table.slots for table in few.store.tables] == [4] * LAYERS
     with pytest.raises(RequestError, match="experts: expected auto, resident, stream, found 'some'"):
         load_model(folders["fp4"], experts="some")
     with pytest.raises(RequestError, match="memory: expected at least"):
-        load_model(folders["fp4"], memory=1000)
+        load_model(folders["fp4"], memory=smallest - 1)
     with pytest.raises(RequestError, match="eviction: expected lru or lfu, found 'fifo'"):
         load_model(folders["fp4"], experts="stream", eviction="fifo")
 
@@ -548,15 +553,19 @@ def test_readers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_commands_stream_trace_and_count(experts: str, folders: dict[str, Path], tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     folder = folders["fp4 converted"]
-    memory = str((Converted.open(folder).dense_bytes + 60_000 * (LAYERS * A + E + 9)) * 4 // 3)
+    opened = Converted.open(folder)
+    sizes = sizes_of(opened.config, opened, record_bytes(open_source(opened).shapes))
     options = ["--model", str(folder), "--experts", experts, "--trace", str(trace), "--temp", "0", "--max-tokens", "3"]
-    options += ["--memory", memory, "--raw", "--json", "--verify-reads"]
+    options += ["--raw", "--json", "--verify-reads"]
+    if experts == "stream":
+        options += ["--memory", str(make_plan(opened.config, sizes).smallest)]
     result = CliRunner().invoke(main, ["generate", "Hello, world", *options])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout.splitlines()[-1])
     assert ("expert_hit_rate" in summary) == (experts == "stream")
     if experts == "stream":
         assert len(summary["expert_layers"]) == LAYERS
+        assert 0 < summary["expert_hit_rate"] < 1
     header, *passes = [json.loads(line) for line in trace.read_text().splitlines()]
     assert header == {"format": "mlx_v4flash.trace", "version": 1, "layers": LAYERS, "experts": E, "chosen": A}
     assert passes

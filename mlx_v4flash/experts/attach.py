@@ -14,7 +14,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoint import Checkpoint
-from ..config import ModelConfig
 from ..converted import Converted
 from ..errors import RequestError
 from .calibration import choose
@@ -22,7 +21,7 @@ from .eviction import LFU, LRU, Eviction
 from .pool import record_bytes
 from .readers import Files
 from .source import PackSource, ShardSource, Source
-from .store import STAGING, ExpertStore
+from .store import ExpertStore
 from .streamed import StreamedExperts
 from .trace import TraceWriter
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 POLICIES: dict[str, Callable[[], Eviction]] = {"lru": LRU, "lfu": LFU}
 CHOICES = ("auto", "resident", "stream")
-# Of the memory, what is left to caches, activations and MLX's own buffers.
-WORKING_BYTES = 2 << 30
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -68,53 +65,6 @@ class Division:
 
     slots: list[int]
     staging: int
-
-
-def divide(source: Source, config: ModelConfig, expert_bytes: int) -> Division:
-    """The same number of slots for each layer out of so many bytes.
-
-    Raises:
-        RequestError: not enough for one token's experts in every layer.
-    """
-    layers, E, record = config.num_hidden_layers, config.n_routed_experts, record_bytes(source.shapes)
-    if expert_bytes >= layers * E * record:
-        return Division([E] * layers, 0)
-    staging = min(E, STAGING)
-    each = (expert_bytes // record - staging) // layers
-    least = config.num_experts_per_tok
-    if each < least:
-        needed = (least * layers + staging) * record
-        raise RequestError(
-            f"memory: expected at least {needed:,} bytes for routed experts, found {max(expert_bytes, 0):,} beside the "
-            "other weights\nhint: allow more (--memory), or close other programs"
-        )
-    return Division([min(each, E)] * layers, staging)
-
-
-def chosen_division(
-    checkpoint: Checkpoint | Converted, source: Callable[[], Source], experts: str, memory: int | None
-) -> Division | None:
-    """How experts are held; None if all of them are, as parameters of the model.
-
-    Args:
-        experts: one of CHOICES; "auto" streams what does not fit.
-        memory: bytes for weights and work; `usable_bytes` if absent.
-
-    Raises:
-        RequestError: experts is something else, or the memory does not suffice.
-    """
-    if experts not in CHOICES:
-        raise RequestError(f"experts: expected {', '.join(CHOICES)}, found {experts!r}")
-    if experts == "resident":
-        return None
-    budget = usable_bytes() if memory is None else memory
-    working = min(WORKING_BYTES, budget // 4)
-    if experts == "auto" and checkpoint.nbytes + working <= budget:
-        return None
-    opened = source()
-    routed = record_bytes(opened.shapes) * checkpoint.config.n_routed_experts * checkpoint.config.num_hidden_layers
-    dense = max(checkpoint.nbytes - routed, 0)
-    return divide(opened, checkpoint.config, budget - dense - working)
 
 
 def policy(name: str) -> Callable[[], Eviction]:

@@ -1,0 +1,256 @@
+"""What a model will take of memory, and what that leaves to its experts: known before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from metal_kernels.packed_rows import key_bytes, row_bytes
+
+from .cache import ROW_BLOCK
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .converted import Converted
+from .errors import RequestError
+from .experts.attach import CHOICES, parse_bytes, usable_bytes
+from .experts.store import STAGING
+from .inventory import official_tensors
+from .random_weights import stored_dtype
+from .safetensors_header import DTYPES
+
+# Python, the libraries and a tokenizer: 290 MB were measured on Linux with a tokenizer of 272 tokens.
+PROCESS_BYTES = 512 << 20
+# Working memory of a pass: so much, and so many arrays of each kind that `pass_bytes` counts. Measured peaks on the CPU
+# backend are 3 to 6 units in small models, and 3.1 with the true sizes of attention; tests/test_plan.py compares.
+PASS_BYTES, PASS_UNITS = 64 << 20, 4
+# Of freed memory that MLX may keep for the next pass.
+BUFFER_BYTES = 1 << 30
+# Threads that read have an expert each, where reads need memory of their own.
+READER_RECORDS = 8
+MAX_CONTEXT = 32768
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of weights as memory holds them.
+
+    Attributes:
+        dense: outside the routed experts; embedding: the part of it of which a token reads one row.
+        record: one expert of one layer.
+    """
+
+    dense: int
+    embedding: int
+    record: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Division of a budget; all in bytes but slots and tokens.
+
+    Attributes:
+        parts: name -> bytes, for everything the process holds.
+        slots: experts of each layer in memory; as many as there are hold the layer whole.
+        staging: slots that all layers share; 0 if all are whole.
+        smallest: least budget that works for this context and chunk.
+    """
+
+    budget: int
+    max_context: int
+    chunk: int
+    experts: int
+    record: int
+    parts: dict[str, int]
+    slots: list[int]
+    staging: int
+    smallest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.budget >= self.smallest
+
+    @property
+    def streamed(self) -> bool:
+        return any(n < self.experts for n in self.slots)
+
+    @property
+    def array_bytes(self) -> int:
+        """What arrays of MLX may take, with the freed ones it keeps: everything but the process and the readers."""
+        return self.budget - self.parts["process"] - self.parts["readers"]
+
+    def expect_fits(self) -> None:
+        """Raise RequestError if the budget is too small."""
+        if not self.fits:
+            raise RequestError(
+                f"memory: expected at least {self.smallest:,} bytes for a context of {self.max_context:,} tokens, "
+                f"found {self.budget:,}\nhint: --memory {math.ceil(self.smallest / 1e7) / 100:.2f}GB works; a smaller "
+                "--max-context or --prefill-chunk needs less"
+            )
+
+    def values(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"total": self.total, "fits": self.fits}
+
+
+def sizes_of(config: ModelConfig, checkpoint: Checkpoint | Converted | None = None, record: int | None = None) -> Sizes:
+    """Of a checkpoint's files, or without one as DeepSeek's files have them."""
+    c = config
+    if record is None and checkpoint is not None:  # scales of FP8 grow when they are expanded
+        routed = checkpoint.nbytes - checkpoint.dense_bytes
+        grown = routed // 32 if c.expert_dtype == "fp8" and isinstance(checkpoint, Checkpoint) else 0
+        record = -(-(routed + grown) // (c.num_hidden_layers * c.n_routed_experts))
+    if record is None:
+        weights, scales = {"fp4": (2, 32), "fp8": (1, 32)}.get(c.expert_dtype or "", (0, 0))
+        numbers = 3 * c.hidden_size * c.moe_intermediate_size
+        record = numbers // weights + numbers // scales if weights else 2 * numbers
+    stored: Mapping[str, tuple[str, int]]
+    if isinstance(checkpoint, Converted):
+        dense = {name: ("", tensor.nbytes) for name, tensor in checkpoint.dense.items()}
+        stored = dense
+    elif checkpoint is not None:
+        stored = {name: (tensor.dtype, tensor.nbytes) for name, tensor in checkpoint.tensors.items()}
+    else:
+        stored = {}
+        for name, spec in official_tensors(c).items():
+            kind = stored_dtype(name, spec, base=False)
+            stored[name] = kind, math.prod(spec.shape) * DTYPES[kind].itemsize
+    found = {name: _held(name, *tensor) for name, tensor in stored.items() if ".experts." not in name}
+    return Sizes(sum(found.values()), sum(n for name, n in found.items() if "embed" in name), record)
+
+
+def _held(name: str, kind: str, nbytes: int) -> int:
+    """A scale of each block becomes one of 32 values; table entries become four bytes."""
+    if name.endswith((".scale", "_scale_inv")):
+        return 0
+    if kind == "F8_E4M3":
+        return nbytes + nbytes // 32
+    return nbytes // 2 if kind == "I64" else nbytes
+
+
+def cache_bytes(config: ModelConfig, context: int, packed: bool) -> int:
+    """Caches of one conversation, with the largest buffer once more, since growing makes a copy."""
+    c, total, largest = config, 0, 0
+    row = row_bytes(c.head_dim, c.qk_rope_head_dim) if packed else 4 * c.head_dim
+    key = key_bytes(c.index_head_dim) if packed else 4 * c.index_head_dim
+    for ratio in c.compress_ratios[: c.num_hidden_layers]:
+        total += c.sliding_window * row
+        if not ratio:
+            continue
+        rows = -(-context // ratio // ROW_BLOCK) * ROW_BLOCK + ROW_BLOCK
+        width = 4 * (c.head_dim + c.index_head_dim) + c.index_n_heads if ratio == 4 else 2 * c.head_dim
+        total += 4 * width * ratio * (2 if ratio == 4 else 1)
+        total += rows * (row + (key if ratio == 4 else 0))
+        largest = max(largest, rows * row)
+    return total + largest
+
+
+def pass_bytes(config: ModelConfig, chunk: int) -> int:
+    """Working memory of a pass of so many tokens, at most."""
+    c = config
+    width = c.num_attention_heads * c.head_dim + c.hc_mult * c.hidden_size
+    width += c.index_n_heads * c.index_head_dim + c.num_experts_per_tok * (c.moe_intermediate_size + c.hidden_size)
+    return PASS_BYTES + PASS_UNITS * 4 * chunk * width
+
+
+def make_plan(
+    config: ModelConfig,
+    sizes: Sizes,
+    *,
+    memory: str | int | None = None,
+    max_context: int | None = None,
+    chunk: int = CHUNK,
+    packed: bool = True,
+    whole: bool = False,
+) -> Plan:
+    """Divide a budget; look at `fits` or call `expect_fits` before using it.
+
+    Args:
+        memory: bytes or text such as "48GB"; what the machine can give if absent.
+        max_context: tokens that one conversation may have; MAX_CONTEXT, or what the model was made for, if absent.
+        chunk: tokens of a pass.
+        packed: whether caches hold rounded rows as bytes; else four bytes for a value are counted.
+        whole: all experts have to be in memory; else as many as fit.
+
+    Raises:
+        RequestError: a number that cannot be.
+    """
+    c, budget = config, parse_bytes(memory) or usable_bytes()
+    context = min(MAX_CONTEXT, c.max_position_embeddings) if max_context is None else max_context
+    if not 1 <= context <= c.max_position_embeddings:
+        raise RequestError(f"max_context: expected 1 to {c.max_position_embeddings:,} tokens, found {context:,}")
+    if chunk < 1:
+        raise RequestError(f"prefill_chunk: expected 1 or more, found {chunk}")
+    L, E, A = c.num_hidden_layers, c.n_routed_experts, c.num_experts_per_tok
+    working = pass_bytes(c, min(chunk, context))
+    parts = {
+        "weights": sizes.dense,
+        "expert slots": 0,
+        "staging": 0,
+        "caches": cache_bytes(c, context, packed),
+        "working": working,
+        "readers": 0,
+        "free buffers": min(BUFFER_BYTES, working),
+        "process": PROCESS_BYTES,
+    }
+    fixed, record = sum(parts.values()), sizes.record
+    streaming = {"staging": min(E, STAGING) * record, "readers": READER_RECORDS * record}
+    smallest = fixed + (L * E * record if whole else min(L * E * record, L * A * record + sum(streaming.values())))
+    slots, staging = [E] * L, 0
+    if not whole and fixed + L * E * record > budget:
+        parts |= streaming
+        staging = min(E, STAGING)
+        slots = _share((budget - sum(parts.values())) // record, L, A, E)
+    parts["expert slots"] = sum(slots) * record
+    return Plan(budget, context, chunk, E, record, parts, slots, staging, smallest)
+
+
+def plan_for_load(
+    checkpoint: Checkpoint | Converted,
+    record: Callable[[], int],
+    experts: str,
+    memory: str | int | None,
+    max_context: int | None,
+    packed: bool,
+) -> Plan | None:
+    """The plan that a model is loaded and run under; None if nobody asked for one and everything fits.
+
+    Args:
+        record: bytes of an expert in a slot; called only if experts are streamed.
+        experts: one of CHOICES.
+
+    Raises:
+        RequestError: an argument cannot be, or the memory does not suffice.
+    """
+    if experts not in CHOICES:
+        raise RequestError(f"experts: expected {', '.join(CHOICES)}, found {experts!r}")
+    asked = memory is not None or max_context is not None
+    if experts == "resident" and not asked:
+        return None
+    config = checkpoint.config
+
+    def make(nbytes: int | None) -> Plan:
+        sizes = sizes_of(config, checkpoint, nbytes)
+        return make_plan(
+            config, sizes, memory=memory, max_context=max_context, packed=packed, whole=experts == "resident"
+        )
+
+    plan = make(None)
+    if plan.streamed or experts == "stream":
+        plan = make(record())
+    elif not asked:
+        return None
+    plan.expect_fits()
+    return plan
+
+
+def _share(slots: int, layers: int, least: int, most: int) -> list[int]:
+    """As evenly as may be; what does not divide goes to the first layers."""
+    each, rest = divmod(slots, layers)
+    return [min(max(each + (layer < rest), least), most) for layer in range(layers)]

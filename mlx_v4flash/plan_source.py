@@ -1,0 +1,74 @@
+"""What the command `plan` plans: a folder, a repository of which only config.json is needed, or the sizes alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+
+from . import plan_report
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .converted import Converted, is_converted
+from .errors import HubError
+from .experts.attach import open_source, parse_bytes
+from .experts.calibration import measure
+from .experts.pool import record_bytes
+from .experts.trace import Trace, read_trace
+from .hub import FAILURES, explain
+from .plan import Plan, Sizes, make_plan, sizes_of
+from .tiny import REAL
+
+
+def planned(
+    model: str | None,
+    *,
+    revision: str | None,
+    memory: str | None,
+    max_context: int | None,
+    prefill_chunk: int,
+    trace: Path | None,
+    disk: str | None,
+    bandwidth: str | None,
+    as_json: bool,
+) -> tuple[str, bool]:
+    """Text of a plan, and whether it fits; `model` None plans V4-Flash itself.
+
+    Raises:
+        ConfigError, CheckpointError, HubError, RequestError: what is wrong, and what to do.
+    """
+    config, sizes, measured = _sizes(model, revision, measure_disk=disk is None)
+    routing: Trace | None = None if trace is None else read_trace(trace)
+    speeds = parse_bytes(disk) or measured, parse_bytes(bandwidth) or plan_report.measure_bandwidth()
+    machine = plan_report.Machine(config, sizes, routing, *speeds)
+
+    def plan_for(budget: int | str | None) -> Plan:
+        return make_plan(config, sizes, memory=budget, max_context=max_context, chunk=prefill_chunk)
+
+    plan = plan_for(memory)
+    if as_json:
+        return json.dumps(plan_report.values(plan, machine, plan_for), indent=2), plan.fits
+    return plan_report.table(plan, machine, plan_for), plan.fits
+
+
+def _sizes(model: str | None, revision: str | None, measure_disk: bool) -> tuple[ModelConfig, Sizes, float | None]:
+    """Config, bytes of weights, and bytes/s of the disk if files are there."""
+    if model is None:
+        config = ModelConfig.from_dict(REAL)
+        return config, sizes_of(config), None
+    folder = Path(model)
+    if not folder.exists() and model.count("/") == 1:
+        try:
+            found = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
+        except FAILURES as e:
+            raise HubError(f"{explain(model, revision, e)}\nhint: --real plans V4-Flash without any file") from e
+        config = ModelConfig.from_folder(found.parent)
+        return config, sizes_of(config), None
+    checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
+    source = open_source(checkpoint)
+    record = record_bytes(source.shapes)
+    speed = None
+    if measure_disk and source.path.stat().st_size >= record:
+        speed = max(choice.bytes_per_s or 0.0 for choice in measure(source.path, record))
+    return checkpoint.config, sizes_of(checkpoint.config, checkpoint, record), speed
