@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted, expect_finished, is_converted
 from .errors import CheckpointError, RequestError
-from .experts.attach import Division, attach, begin, follow, open_source
+from .experts.attach import Division, attach, begin, follow, open_source, policy
 from .experts.pool import record_bytes
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
@@ -37,6 +37,7 @@ def load_model(
     experts: str = "auto",
     memory: str | int | None = None,
     max_context: int | None = None,
+    eviction: str = "lfu",
     prefetch: bool = False,
     verify_reads: bool = False,
     trace: str | Path | None = None,
@@ -54,6 +55,7 @@ def load_model(
             there is room for; "auto", streamed only if they do not fit. The results are the same, bit for bit.
         memory: what the process may take, in bytes or as "48GB". If absent, what the machine can give.
         max_context: tokens that a conversation may have, which memory is kept for; with a plan 32,768 if absent.
+        eviction: which expert gives its place to another, "lru", the one used longest ago, or "lfu", the least often.
         prefetch: while a layer computes, read what the next will need, by a guess that is often wrong.
         verify_reads: compare every streamed expert with its checksum; of converted checkpoints.
         trace: file to write the chosen experts of every pass to.
@@ -65,14 +67,10 @@ def load_model(
             rounding that was asked for.
         DeviceError: streaming on a device that cannot.
     """
-    if dtype not in DTYPES:
-        raise RequestError(
-            f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}\n"
-            "hint: float16 is not offered, its range is smaller than that of the bfloat16 weights"
-        )
+    kind = _dtype(dtype)
     folder = resolve(path, revision)
     checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
-    numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
+    numerics = Numerics(kind, simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
     plan = plan_for_load(checkpoint, lambda: _record(checkpoint), experts, memory, max_context, numerics.packed_caches)
     doctor.approve(lambda text: print(text, file=sys.stderr))
@@ -81,12 +79,22 @@ def load_model(
     if plan is not None:
         mx.set_cache_limit(plan.parts["free buffers"])
         if plan.streamed or experts == "stream":
-            attach(model, open_source(checkpoint, verify_reads), Division(plan.slots, plan.staging), prefetch)
-    _fill(model, checkpoint, progress)
+            division = Division(plan.slots, plan.staging)
+            attach(model, open_source(checkpoint, verify_reads), division, prefetch, eviction=policy(eviction))
+    _fill(model, checkpoint, progress or (lambda done, total: None))
     if trace is not None:
         follow(model, Path(trace))
     model.eval()
     return model
+
+
+def _dtype(name: str) -> mx.Dtype:
+    if name not in DTYPES:
+        raise RequestError(
+            f"dtype: expected {' or '.join(DTYPES)}, found {name!r}\n"
+            "hint: float16 is not offered, its range is smaller than that of the bfloat16 weights"
+        )
+    return DTYPES[name]
 
 
 def _record(checkpoint: Checkpoint | Converted) -> int:
@@ -94,15 +102,13 @@ def _record(checkpoint: Checkpoint | Converted) -> int:
     return record_bytes(open_source(checkpoint).shapes)
 
 
-def _fill(model: Model, checkpoint: Checkpoint | Converted, progress: Progress | None) -> None:
-    """Load weights, and the layers that a store holds whole."""
+def _fill(model: Model, checkpoint: Checkpoint | Converted, progress: Progress) -> None:
     if model.store is None:
         load_weights(model, checkpoint, progress)
-    else:
-        dense, total = checkpoint.dense_bytes, checkpoint.dense_bytes + model.store.whole_bytes
-        count = progress or (lambda done, total: None)
-        load_weights(model, checkpoint, lambda done, _: count(done, total))
-        begin(model, model.store, lambda done: count(dense + done, total))
+        return
+    dense, total = checkpoint.dense_bytes, checkpoint.dense_bytes + model.store.whole_bytes
+    load_weights(model, checkpoint, lambda done, _: progress(done, total))
+    begin(model, model.store, lambda done: progress(dense + done, total))
 
 
 def load(

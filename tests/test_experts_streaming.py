@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import shutil
@@ -25,12 +27,12 @@ from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.cli import main
 from mlx_v4flash.converted import PACK, Converted, is_converted
 from mlx_v4flash.engine import stream_tokens
-from mlx_v4flash.errors import CheckpointError, ExpertReadError, RequestError, V4FlashError
+from mlx_v4flash.errors import CheckpointError, DeviceError, ExpertReadError, RequestError, V4FlashError
 from mlx_v4flash.experts import calibration
 from mlx_v4flash.experts.attach import Division, attach, begin, open_source, parse_bytes
 from mlx_v4flash.experts.pool import Record, Shape, allocate, record_bytes
 from mlx_v4flash.experts.readers import READERS, Buffers, Files
-from mlx_v4flash.experts.store import STAGING
+from mlx_v4flash.experts.store import STAGING, Loads
 from mlx_v4flash.linear import Numerics
 from mlx_v4flash.model import Model
 from mlx_v4flash.plan import make_plan, sizes_of
@@ -129,6 +131,32 @@ def test_any_lengths_chunks_and_batches(seed: int, folders: dict[str, Path], res
         expect_same(model, resident["fp4"], prompt(rng, T // B + 1, B), chunk=int(rng.integers(1, 130)) + T // 5)
 
 
+def test_parts_of_a_prefill_go_the_way_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Metal MLX chooses between two sums by rows and matrices of each product; the choice must be the same."""
+    folder = write_tiny(tmp_path / "m", {**SMALL, "n_routed_experts": 40})
+    whole, rng = load_model(folder, experts="resident"), np.random.default_rng(2)
+    opened = Checkpoint.open(folder)
+    parts = Model(opened.config, Numerics())
+    store = attach(parts, open_source(opened), Division([3, 40, 11], 40))
+    load_weights(parts, opened)
+    begin(parts, store)
+    together, product = set[bool](), mx.gather_qmm
+
+    def spy(x: mx.array, w: mx.array, *args: Any, **options: Any) -> mx.array:
+        together.add(options["sorted_indices"] and len(x) >= 16 and len(x) // len(w) >= 4)
+        return product(x, w, *args, **options)
+
+    monkeypatch.setattr(mx, "gather_qmm", spy)
+    for T, expected in ((22, False), (50, False), (54, True), (90, True)):
+        ids = prompt(rng, T)
+        for model in (whole, parts):
+            together.clear()
+            result = model(ids)
+            mx.eval(result)
+            assert together == {expected}, T
+        assert mx.array_equal(result, whole(ids))
+
+
 @pytest.mark.parametrize("kind", READERS)
 def test_readers_read_the_same(kind: str, folders: dict[str, Path], resident: dict[str, Model]) -> None:
     rng = np.random.default_rng(1)
@@ -187,6 +215,22 @@ def test_one_wait_for_each_layer_that_needs_it(slots: list[int], syncs: int, fol
     mx.eval(model(mx.array([[5]])))
     assert model.store is not None
     assert model.store.statistics.syncs == syncs
+
+
+def test_experts_known_from_tokens_are_on_their_way_before_the_first_layer(folders: dict[str, Path]) -> None:
+    model, seen = streamed(folders["fp4"], [A] * LAYERS), list[set[int]]()
+    assert model.store is not None
+    table = model.store.tables[0]
+    attention = type(model.layers[0].attn)
+
+    class Watching(attention):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any) -> mx.array:
+            seen.append(set(table.loading) | set(table.resident))
+            return super().__call__(*args)
+
+    model.layers[0].attn.__class__ = Watching
+    mx.eval(model(mx.array([[9]])))
+    assert seen == [set(np.array(model.layers[0].ffn.gate.tid2eid)[9].tolist())]
 
 
 def test_an_expert_is_read_once_for_a_chunk(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +323,20 @@ def test_a_reader_that_dies(dies: BaseException, folders: dict[str, Path], resid
     expect_same(model, resident["fp4"], ids)
 
 
+def test_ctrl_c_while_the_model_loads_leaves_no_thread(folders: dict[str, Path]) -> None:
+    before = set(threading.enumerate())
+    timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        streamed(folders["fp4"], [E] * LAYERS, Reads(before=lambda: time.sleep(0.05)))
+    timer.join()
+    deadline = time.monotonic() + 5
+    while left := {t for t in threading.enumerate() if t.name.startswith("experts")} - before:
+        assert time.monotonic() < deadline, left
+        gc.collect()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("T", [1, 50])
 def test_ctrl_c_while_experts_load(T: int, folders: dict[str, Path], resident: dict[str, Model]) -> None:
     files = Reads()
@@ -295,14 +353,32 @@ def test_ctrl_c_while_experts_load(T: int, folders: dict[str, Path], resident: d
     begun = time.monotonic()
     model.store.close()
     assert time.monotonic() - begun < 1
-    assert not [
-        thread for thread in threading.enumerate() if thread.name.startswith("experts") and thread in _threads(model)
-    ]
 
 
-def _threads(model: Model) -> set[threading.Thread]:
-    assert model.store is not None
-    return set(model.store._pool._threads)
+@pytest.mark.parametrize("T", [1, 40])
+def test_ctrl_c_at_any_wait(
+    T: int, folders: dict[str, Path], resident: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the host stops waiting for loads: no slot counts as filled that is not."""
+    model, rng = streamed(folders["fp4"], [A, 4, A]), np.random.default_rng(T)
+    store = model.store
+    assert store is not None
+    finish = store.finish
+    for interrupted in range(6):
+        left = [interrupted]
+
+        def stop(loads: Loads, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            finish(loads)
+
+        monkeypatch.setattr(store, "finish", stop)
+        ids = prompt(rng, T)
+        with contextlib.suppress(KeyboardInterrupt):
+            mx.eval(model(ids))
+        monkeypatch.setattr(store, "finish", finish)
+        expect_same(model, resident["fp4"], ids)
 
 
 def own_copy(folder: Path, to: Path) -> Path:
@@ -418,13 +494,24 @@ def test_load_model_chooses(folders: dict[str, Path], resident: dict[str, Model]
     opened = Checkpoint.open(folders["fp4"])
     record = record_bytes(open_source(opened).shapes)
     smallest = make_plan(opened.config, sizes_of(opened.config, opened, record)).smallest
-    few = load_model(folders["fp4"], memory=smallest + record * LAYERS * (4 - A))
+    few = load_model(folders["fp4"], eviction="lru", memory=smallest + record * LAYERS * (4 - A))
     assert few.store is not None
     assert [table.slots for table in few.store.tables] == [4] * LAYERS
     with pytest.raises(RequestError, match="experts: expected auto, resident, stream, found 'some'"):
         load_model(folders["fp4"], experts="some")
     with pytest.raises(RequestError, match="memory: expected at least"):
         load_model(folders["fp4"], memory=1000)
+    with pytest.raises(RequestError, match="eviction: expected lru or lfu, found 'fifo'"):
+        load_model(folders["fp4"], experts="stream", eviction="fifo")
+
+
+def test_progress_ends_with_everything(folders: dict[str, Path]) -> None:
+    for name in ("fp4", "fp8 converted"):
+        seen: list[tuple[int, int]] = []
+        load_model(folders[name], experts="stream", progress=lambda done, total, seen=seen: seen.append((done, total)))
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert len({total for _, total in seen}) == 1
+        assert seen[-1][0] == seen[-1][1]
 
 
 def test_buffers_are_no_larger_than_the_device_allows() -> None:
@@ -438,6 +525,12 @@ def test_buffers_are_no_larger_than_the_device_allows() -> None:
         for number, slots in enumerate(ranges, 1):
             assert slots.arrays["a"].sum().item() == 6
             assert slots.arrays["b"].sum(axis=1).tolist() == [0, 4 * number, *[0] * (slots.slots - 2)]
+
+
+def test_memory_that_host_and_device_do_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    with pytest.raises(DeviceError, match=r"(?s)found a CUDA device.*--experts resident"):
+        allocate({"a": Shape((2,), mx.uint8)}, [1])
 
 
 def test_readers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +553,9 @@ def test_readers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_commands_stream_trace_and_count(experts: str, folders: dict[str, Path], tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     folder = folders["fp4 converted"]
-    memory = str((Converted.open(folder).dense_bytes + 60_000 * (LAYERS * A + E + 9)) * 4 // 3)
+    opened = Converted.open(folder)
+    plan = make_plan(opened.config, sizes_of(opened.config, opened))
+    memory = str(plan.total if experts == "resident" else plan.smallest + plan.record)
     options = ["--model", str(folder), "--experts", experts, "--trace", str(trace), "--temp", "0", "--max-tokens", "3"]
     options += ["--memory", memory, "--raw", "--json", "--verify-reads"]
     result = CliRunner().invoke(main, ["generate", "Hello, world", *options])

@@ -88,7 +88,7 @@ def test_readme_and_ci_run_the_same_tests() -> None:
 
 def test_imports_of_the_package_are_declared_and_used() -> None:
     used = third_party(MODULES)
-    needed = declared(PROJECT["dependencies"])
+    needed = declared(PROJECT["dependencies"]) | declared(PROJECT["optional-dependencies"]["plot"])
     assert len(used) >= 2, f"expected mlx, numpy and more, found {used}"
     undeclared = {name: where for name, where in used.items() if not distributions(name) & needed}
     assert not undeclared, f"imported but not among the dependencies in pyproject.toml: {undeclared}"

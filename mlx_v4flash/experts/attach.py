@@ -17,6 +17,7 @@ from ..checkpoint import Checkpoint
 from ..converted import Converted
 from ..errors import RequestError
 from .calibration import choose
+from .eviction import LFU, LRU, Eviction
 from .pool import record_bytes
 from .readers import Files
 from .source import PackSource, ShardSource, Source
@@ -27,6 +28,7 @@ from .trace import TraceWriter
 if TYPE_CHECKING:
     from ..model import Model
 
+POLICIES: dict[str, Callable[[], Eviction]] = {"lru": LRU, "lfu": LFU}
 CHOICES = ("auto", "resident", "stream")
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -63,6 +65,17 @@ class Division:
 
     slots: list[int]
     staging: int
+
+
+def policy(name: str) -> Callable[[], Eviction]:
+    """What decides about the slots of one layer.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    if name not in POLICIES:
+        raise RequestError(f"eviction: expected {' or '.join(POLICIES)}, found {name!r}")
+    return POLICIES[name]
 
 
 def open_source(checkpoint: Checkpoint | Converted, verify: bool = False) -> Source:

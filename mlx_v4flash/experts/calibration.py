@@ -36,11 +36,7 @@ class Choice:
 
 
 def choose(path: Path, record_bytes: int) -> Choice:
-    """The remembered choice for the disk that holds a file; without one, the result of `measure`.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """The remembered choice for the disk that holds a file; without one, the fastest of `measure`."""
     if record_bytes < LEAST_BYTES or path.stat().st_size < 2 * record_bytes:
         return Choice()
     kept = _kept(path)
@@ -48,7 +44,10 @@ def choose(path: Path, record_bytes: int) -> Choice:
         return Choice(**json.loads(kept.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         pass
-    best = max(measure(path, record_bytes), key=lambda choice: choice.bytes_per_s or 0.0)
+    try:
+        best = max(measure(path, record_bytes), key=lambda choice: choice.bytes_per_s or 0.0)
+    except (OSError, EOFError):
+        return Choice()  # the first read that matters will say what is wrong
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         part = kept.with_suffix(f".{os.getpid()}.part")

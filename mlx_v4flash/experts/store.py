@@ -95,14 +95,15 @@ class ExpertStore:
         Raises:
             ExpertReadError, CheckpointError: a record cannot be read or be right.
         """
-        for layer in [n for n, whole in enumerate(self.whole) if whole]:
+        each = self.experts * record_bytes(self.source.shapes)
+        for done, layer in enumerate((n for n, whole in enumerate(self.whole) if whole), 1):
             try:
                 self.finish(self._load(layer, list(range(self.experts)), in_order=True))
             except BaseException:
                 self.abandon()
                 raise
             if progress is not None:
-                progress(self.statistics.bytes_read)
+                progress(done * each)
         self.statistics = Statistics([LayerCounts() for _ in self.ranges])
 
     def route_by_token(self, tables: dict[int, np.ndarray]) -> None:
@@ -152,6 +153,7 @@ class ExpertStore:
         """Begin to load experts that the next call of a layer will need, as far as one can guess."""
         missing = self.tables[layer].missing(experts)
         if missing and len(experts) <= self.tables[layer].slots and layer not in self._ahead:
+            self.tables[layer].use(missing)
             self._ahead[layer] = self._load(layer, missing, keep=experts)
             self.statistics.prefetched += len(missing)
 
