@@ -113,8 +113,7 @@ def with_map(opened: Converted, trace: Trace, slots: int) -> dict[str, float]:
                     missing, before = table.missing(experts), dict(table.resident)
                     for expert in table.claim(missing, experts):
                         start, length = packed[layer].record(expert)
-                        with memoryview(view) as whole:
-                            np.frombuffer(whole[start : start + length : mmap.PAGESIZE], np.uint8).sum()
+                        np.frombuffer(view, np.uint8, length, start)[:: mmap.PAGESIZE].sum()
                         done += length
                         table.loaded(expert)
                     for expert in before.keys() - table.resident.keys():
