@@ -21,7 +21,7 @@ from .experts.pool import record_bytes
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
 from .model import Model
-from .plan import plan_for_load
+from .plan import Plan, plan_for_load
 from .weights import Progress, load_weights
 
 DTYPES = {"bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -36,8 +36,8 @@ def load_model(
     quantize_activations: bool = False,
     experts: str = "auto",
     memory: str | int | None = None,
-    max_context: int | None = None,
     eviction: str = "lfu",
+    max_context: int | None = None,
     prefetch: bool = False,
     verify_reads: bool = False,
     trace: str | Path | None = None,
@@ -54,8 +54,8 @@ def load_model(
         experts: where routed experts live: "resident", all in memory; "stream", from disk, with as many in memory as
             there is room for; "auto", streamed only if they do not fit. The results are the same, bit for bit.
         memory: what the process may take, in bytes or as "48GB". If absent, what the machine can give.
-        max_context: tokens that a conversation may have, which memory is kept for; with a plan 32,768 if absent.
         eviction: which expert gives its place to another, "lru", the one used longest ago, or "lfu", the least often.
+        max_context: tokens that a conversation may have, which memory is kept for; with a plan 32,768 if absent.
         prefetch: while a layer computes, read what the next will need, by a guess that is often wrong.
         verify_reads: compare every streamed expert with its checksum; of converted checkpoints.
         trace: file to write the chosen experts of every pass to.
@@ -64,23 +64,24 @@ def load_model(
     Raises:
         ConfigError, CheckpointError, HubError: what is wrong, where, and what to do.
         RequestError: an argument is none of those above, the memory does not suffice, or the sizes do not allow a
-            rounding that was asked for.
-        DeviceError: streaming on a device that cannot.
+            rounding that was asked for. DeviceError: streaming on a device that cannot.
     """
-    kind = _dtype(dtype)
+    if dtype not in DTYPES:
+        raise RequestError(
+            f"dtype: expected {' or '.join(DTYPES)}, found {dtype!r}\n"
+            "hint: float16 is not offered, its range is smaller than that of the bfloat16 weights"
+        )
     folder = resolve(path, revision)
     checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
-    numerics = Numerics(kind, simulate_cache_quant, quantize_activations)
+    numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
     plan = plan_for_load(checkpoint, lambda: _record(checkpoint), experts, memory, max_context, numerics.packed_caches)
     doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
-    model.plan = plan
-    if plan is not None:
-        mx.set_cache_limit(plan.parts["free buffers"])
-        if plan.streamed or experts == "stream":
-            division = Division(plan.slots, plan.staging)
-            attach(model, open_source(checkpoint, verify_reads), division, prefetch, eviction=policy(eviction))
+    _follow_plan(model, plan)
+    if plan is not None and (plan.streamed or experts == "stream"):
+        source, division = open_source(checkpoint, verify_reads), Division(plan.slots, plan.staging)
+        attach(model, source, division, prefetch, eviction=policy(eviction))
     _fill(model, checkpoint, progress or (lambda done, total: None))
     if trace is not None:
         follow(model, Path(trace))
@@ -88,21 +89,19 @@ def load_model(
     return model
 
 
-def _dtype(name: str) -> mx.Dtype:
-    if name not in DTYPES:
-        raise RequestError(
-            f"dtype: expected {' or '.join(DTYPES)}, found {name!r}\n"
-            "hint: float16 is not offered, its range is smaller than that of the bfloat16 weights"
-        )
-    return DTYPES[name]
-
-
 def _record(checkpoint: Checkpoint | Converted) -> int:
     """Bytes of an expert in a slot."""
     return record_bytes(open_source(checkpoint).shapes)
 
 
+def _follow_plan(model: Model, plan: Plan | None) -> None:
+    model.plan = plan
+    if plan is not None:
+        mx.set_cache_limit(plan.parts["free buffers"])
+
+
 def _fill(model: Model, checkpoint: Checkpoint | Converted, progress: Progress) -> None:
+    """Load weights, and the layers that a store holds whole."""
     if model.store is None:
         load_weights(model, checkpoint, progress)
         return

@@ -27,10 +27,10 @@ def model_options(command: Command) -> Command:
                      help="Routed experts all in memory, or read from disk when needed; auto: if they do not fit."),
         click.option("--memory", metavar="BYTES", help="What the model may take, such as 48GB. Default: what the "
                      "machine can give."),
-        click.option("--max-context", type=int, help="Tokens of a conversation that memory is kept for. Default: 32768 "
-                     "if memory is limited, else the model's own."),
         click.option("--eviction", type=click.Choice(["lru", "lfu"]), default="lfu", show_default=True,
                      help="Which expert gives its place to another: the one used longest ago, or least often."),
+        click.option("--max-context", type=int, help="Tokens of a conversation that memory is kept for. Default: 32768 "
+                     "if memory is limited, else the model's own."),
         click.option("--prefetch/--no-prefetch", default=False, show_default=True,
                      help="Read what the next layer will need, by a guess."),
         click.option("--verify-reads", is_flag=True, help="Compare every expert read from disk with its checksum."),
