@@ -8,7 +8,7 @@ pages are dropped from the page cache. Ways:
 
 - store: ExpertStore with direct reads, several at once;
 - plain: the same misses, one read after another;
-- map: a memory map of the file is touched where experts are used, faults and page cache do the rest.
+- map: a memory map of the file is touched where experts are used; faults, with the readahead of the system, do the rest.
 
 The limit is what threads that read other places of the same file reach just before and after. Writes
 benchmarks/streaming.json.
@@ -104,7 +104,6 @@ def with_map(opened: Converted, trace: Trace, slots: int) -> dict[str, float]:
     tables = [Residency(slots, LFU()) for _ in range(trace.layers)]
     packed = [opened.layers[f"layers.{n}.ffn.experts"] for n in range(trace.layers)]
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        view.madvise(mmap.MADV_RANDOM)
         with timed(path) as found:
             for layers in trace.passes:
                 for layer, experts in enumerate(layers):
