@@ -1,17 +1,19 @@
 """Experts from disk: the store beside a memory map, beside plain reads, and beside what the file gives at that moment.
 
-    python benchmarks/streaming.py CONVERTED [--shares 10,25,50,100] [--tokens 40]
+    python benchmarks/streaming.py CONVERTED [--shares 10,25,50,100] [--tokens 40] [--random-map]
 
 Only bytes are moved: the model is not run, so the figures are those of bookkeeping and disk. Each layer's experts are
 those of an invented, skewed routing (mlx_v4flash.experts.simulation.synthetic). Before each measurement the file's
 pages are dropped from the page cache. Ways:
 
-- store: ExpertStore with direct reads, several at once;
+- store: ExpertStore with the reader and the threads that were fastest just before;
 - plain: the same misses, one read after another;
-- map: a memory map of the file is touched where experts are used; faults, with the readahead of the system, do the rest.
+- map: a memory map of the file is touched where experts are used; faults do the rest, with the system's readahead or,
+  with --random-map, without.
 
 The limit is what threads that read other places of the same file reach just before and after. Writes
-benchmarks/streaming.json.
+benchmarks/streaming.json. The one here has a run of each map, of 15 and 20 tokens and one layer with the sizes of
+V4-Flash, on two shared cores with other work on them: figures of one run, not medians.
 """
 
 from __future__ import annotations
@@ -98,12 +100,13 @@ def _numpy(nbytes: int, shape: tuple[int, ...]) -> np.dtype[Any]:
     return np.dtype(f"u{nbytes // int(np.prod(shape))}")
 
 
-def with_map(opened: Converted, trace: Trace, slots: int) -> dict[str, float]:
+def with_map(opened: Converted, trace: Trace, slots: int, random: bool) -> dict[str, float]:
     """Every page of an expert is touched in a map of the file; pages of those that are given up are dropped."""
     path, done = opened.folder / PACK, 0
     tables = [Residency(slots, LFU()) for _ in range(trace.layers)]
     packed = [opened.layers[f"layers.{n}.ffn.experts"] for n in range(trace.layers)]
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        view.madvise(mmap.MADV_RANDOM if random else mmap.MADV_NORMAL)
         with timed(path) as found:
             for layers in trace.passes:
                 for layer, experts in enumerate(layers):
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shares", default="10,25,50,100", help="of the experts, in per cent")
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--random-map", action="store_true")
     args = parser.parse_args()
     opened = Converted.open(args.folder)
     c, path = opened.config, args.folder / PACK
@@ -156,7 +160,7 @@ def main() -> None:
         before = limit(path, record)
         found = {"store": with_store(opened, trace, slots, *before[1:])}
         after = limit(path, record)
-        found |= {"plain": one_by_one(opened, trace, slots), "map": with_map(opened, trace, slots)}
+        found |= {"plain": one_by_one(opened, trace, slots), "map": with_map(opened, trace, slots, args.random_map)}
         top = (before[0] + after[0]) / 2
         speed = {name: f["bytes"] / f["seconds"] for name, f in found.items()}
         row = {
