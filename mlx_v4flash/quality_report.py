@@ -137,16 +137,22 @@ def plot(reports: Sequence[Report], output: Path) -> None:
         capsize=3,
         clip_on=False,  # a point at 0 is a whole one
     )
-    middle = sum(axes.get_xlim()) / 2
     for r in reports:
-        x, (side, offset) = r.model_bytes / 1e9, ("left", 6) if r.model_bytes / 1e9 <= middle else ("right", -6)
-        axes.annotate(Path(r.model).name, (x, r.all.kld), xytext=(offset, 6), textcoords="offset points", ha=side)
+        below = any(other.model_bytes == r.model_bytes and other.all.kld > r.all.kld for other in reports)
+        place, point = (0, -16 if below else 8), (r.model_bytes / 1e9, r.all.kld)
+        axes.annotate(
+            Path(r.model).name, point, xytext=place, textcoords="offset points", ha="center", fontsize="x-small"
+        )
+    axes.margins(x=0.1)
     axes.set(
         xlabel="weights, GB",
         ylabel="mean KL divergence, nats",
         title=f"against {Path(reports[0].against).name}, {reports[0].tokens:,} tokens",
-        ylim=(0, None),
     )
+    if all(r.all.kld > 0 for r in reports):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, None)
     axes.grid(alpha=0.3)
     try:
         figure.savefig(output, dpi=150)
