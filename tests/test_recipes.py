@@ -16,7 +16,10 @@ from mlx_v4flash.cli import main
 from mlx_v4flash.config import ModelConfig
 from mlx_v4flash.converted import INDEX, Converted
 from mlx_v4flash.errors import CheckpointError, ConvertError
+from mlx_v4flash.experts.attach import open_source
+from mlx_v4flash.experts.pool import record_bytes
 from mlx_v4flash.formats import Format, adapt, format_of, matrices
+from mlx_v4flash.plan import make_plan, sizes_of
 from mlx_v4flash.quantize import decode
 from mlx_v4flash.recipe import CLASSES, RECIPES, Recipe, read_recipe
 from mlx_v4flash.recipe_sizes import GPU_SHARE, listing, real_sizes
@@ -75,13 +78,13 @@ def test_mixed_formats_by_layer(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["affine2-g64", "affine3-g32", "nvfp4", "bf16"])
 def test_streamed_experts_compute_the_same_bits(tmp_path: Path, name: str) -> None:
-    many = write_tiny(tmp_path / "s", {**SMALL, "n_routed_experts": 12})
+    many = write_tiny(tmp_path / "s", {**SMALL, "n_routed_experts": 40})
     recipe = Recipe("t", classes={"routed_w1_w3": name, "routed_w2": "affine4-g64"})
     converted = convert(many, tmp_path / "t", recipe)
-    # Room for 20 of 24 experts, once a quarter is kept for work.
-    memory = (converted.dense_bytes + (converted.nbytes - converted.dense_bytes) * 20 // 24) * 4 // 3 + 9
+    record = record_bytes(open_source(converted).shapes)
+    smallest = make_plan(converted.config, sizes_of(converted.config, converted, record), memory=1).smallest
     ids = mx.arange(2, 60)[None]
-    resident, streamed = (load_model(converted.folder, experts=e, memory=memory) for e in ("resident", "stream"))
+    resident, streamed = load_model(converted.folder), load_model(converted.folder, memory=smallest + 4 * record)
     assert streamed.store is not None and not any(streamed.store.whole)
     for part in (ids, ids[:, :1]):
         np.testing.assert_array_equal(np.array(resident(part)), np.array(streamed(part)))
