@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .engine import generate, stream_generate
     from .errors import V4FlashError
+    from .hub import nano_folder
     from .loading import load, load_model
     from .mlx_lm_bridge import register
     from .model import Model
@@ -26,6 +27,7 @@ __all__ = [
     "generate",
     "load",
     "load_model",
+    "nano_folder",
     "register",
     "stream_generate",
 ]
@@ -41,6 +43,7 @@ _HOMES = {
     "generate": "engine",
     "load": "loading",
     "load_model": "loading",
+    "nano_folder": "hub",
     "register": "mlx_lm_bridge",
     "stream_generate": "engine",
 }

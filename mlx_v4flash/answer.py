@@ -27,7 +27,7 @@ def generate(
     *,
     raw: bool | None,
     system: str | None,
-    think: Think,
+    think: Think | None,
     think_budget: int | None,
     tools: Path | None,
     release: str | None,

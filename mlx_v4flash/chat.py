@@ -45,7 +45,8 @@ class Chat:
     Args:
         tokenizer: as `load` returns it, or an `Encoding`.
         system: what the model is told before everything else. Changing it makes the next turn read everything again.
-        think: "off", "low", "high" or "max". Changing the level may do the same, see `Encoding`.
+        think: "off", "low", "high" or "max"; None takes "high", unless the checkpoint says otherwise. Changing the
+            level may do the same, see `Encoding`.
         tools: annotated functions, or definitions as OpenAI's interface has them.
         messages: a conversation to go on with, without system messages.
         sampling: None takes what the model card recommends.
@@ -69,7 +70,7 @@ class Chat:
         tokenizer: TokenizerWrapper | Encoding,
         *,
         system: str | None = None,
-        think: Think = "high",
+        think: Think | None = None,
         tools: Sequence[Function | Mapping[str, Any] | Tool] = (),
         messages: Sequence[Mapping[str, Any]] = (),
         sampling: SamplingParams | None = None,
@@ -98,7 +99,12 @@ class Chat:
         self._running: weakref.ref[Generator[Event]] | None = None  # weak: a loop that is left closes its answer
         self._stopped = False
         self._seeded: SamplingParams | None = None
-        self.think = think
+        self.think = self.encoding.defaults.think if think is None else think
+
+    @property
+    def recommended(self) -> SamplingParams:
+        """How tokens are drawn if nothing else is asked for."""
+        return card_defaults(self.encoding.release, tools=bool(self.tools), temp=self.encoding.defaults.temp)
 
     @property
     def think(self) -> Think:
@@ -331,7 +337,7 @@ class Chat:
             meter.reason = "tool_calls"
 
     def _sampler(self, parser: OutputParser) -> Any:
-        chosen = self.sampling or card_defaults(self.encoding.release, tools=bool(self.tools))
+        chosen = self.sampling or self.recommended
         if chosen is self._seeded:  # the seed is of the conversation: a second try is another answer
             chosen = replace(chosen, seed=None)
         else:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +51,8 @@ def generate(prompt: str, **options: Any) -> None:
     """
     from .answer import generate
 
-    with _model(options.pop("model")) as folder:
-        reason = generate(folder, _standard_input() if prompt == "-" else prompt, chosen_sampling(options), **options)
+    folder = _model(options.pop("model"))
+    reason = generate(folder, _standard_input() if prompt == "-" else prompt, chosen_sampling(options), **options)
     if reason == "interrupted":
         sys.exit(130)
 
@@ -76,8 +73,8 @@ def chat(**options: Any) -> None:
     """Talk with the model; /help in the conversation says how."""
     from .repl import chat
 
-    with _model(options.pop("model")) as folder:
-        chat(folder, chosen_sampling(options), **options)
+    folder = _model(options.pop("model"))
+    chat(folder, chosen_sampling(options), **options)
 
 
 @main.command()
@@ -190,9 +187,8 @@ def bench(
     from .bench import measure
     from .run import Run
 
-    with _model(options.pop("model")) as folder:
-        run = Run.load(folder, **options)
-        report = measure(run.model, _numbers(frontiers), decode=decode, rounds=rounds, chunk=prefill_chunk)
+    run = Run.load(_model(options.pop("model")), **options)
+    report = measure(run.model, _numbers(frontiers), decode=decode, rounds=rounds, chunk=prefill_chunk)
     if output is not None:
         report.write(output)
     click.echo(report.json() if as_json else report.table())
@@ -303,18 +299,18 @@ def lm(command: str, args: tuple[str, ...]) -> None:
     run_mlx_lm(command, list(args))
 
 
-@contextmanager
-def _model(name: str | None) -> Iterator[str]:
-    """The model asked for, or a small random one that lives as long as the command."""
+def _model(name: str | None) -> str:
+    """The model asked for, or the one in the package."""
     if name is not None:
-        yield name
-        return
-    from .tiny import write_tiny
+        return name
+    from .hub import nano_folder
 
-    click.echo("no --model: using a small random model, which answers with noise", err=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_tiny(Path(folder))
-        yield folder
+    folder = str(nano_folder())
+    click.echo(
+        "no --model: this is Nano, 15 million parameters trained on public texts; it has the architecture of "
+        "DeepSeek-V4-Flash and is not that model, which --model names", err=True,
+    )  # fmt: skip
+    return folder
 
 
 def _standard_input() -> str:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import deepseek_recipe
 
-from .errors import EncodingError
+from .errors import ConfigError, EncodingError
 from .markup import ASSISTANT, END_THINK, THINK, Mark, Piece
 from .output_parser import OutputParser
 from .turns import read_messages, text_of, write_turns
@@ -69,6 +70,40 @@ def guess_release(folder: Path) -> str:
     return "v4-0731" if any(part in name for part in ("0731", "0813", "Vision-Exp")) else "v4-preview"
 
 
+@dataclass(frozen=True)
+class ChatDefaults:
+    """How a model is talked to unless told otherwise; the values here are those of DeepSeek's model card.
+
+    Args:
+        temp: temperature.
+    """
+
+    think: Think = "high"
+    temp: float = 1.0
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ChatDefaults:
+        """What `mlx_v4flash.chat` of config.json says; DeepSeek's has none.
+
+        Raises:
+            ConfigError: something else than a level of thinking and a temperature.
+        """
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mlx_v4flash"]["chat"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+        try:
+            chosen = cls(**values)
+            if chosen.think in THINK_LEVELS and chosen.temp >= 0:
+                return chosen
+        except TypeError:
+            pass
+        raise ConfigError(
+            f"{folder / 'config.json'}: mlx_v4flash: chat: expected think ({', '.join(THINK_LEVELS)}) and temp (0 or "
+            f"more), found {values!r}\nhint: remove the entry"
+        )
+
+
 def shared_tokens(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two prompts have in common at their beginning."""
     pairs = enumerate(zip(a, b, strict=False))
@@ -80,13 +115,16 @@ class Encoding:
 
     Attributes:
         release: "v4-preview" or "v4-0731"; decides what the levels of thinking say in the prompt.
+        defaults: how this checkpoint is talked to.
     """
 
-    def __init__(self, vocabulary: Vocabulary, release: str = "v4-preview") -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, release: str = "v4-preview", defaults: ChatDefaults = ChatDefaults()
+    ) -> None:
         if release not in RELEASES:
             raise EncodingError(f"release: expected {' or '.join(RELEASES)}, found {release!r}")
         self.vocabulary = vocabulary
-        self.release = release
+        self.release, self.defaults = release, defaults
 
     @classmethod
     def from_folder(cls, folder: Path, release: str | None = None) -> Encoding:
@@ -94,8 +132,10 @@ class Encoding:
 
         Raises:
             EncodingError: no such file, another model's tokenizer, or an unknown release.
+            ConfigError: defaults of its chats that make no sense.
         """
-        return cls(Vocabulary.from_folder(folder), release or guess_release(Path(folder)))
+        folder = Path(folder)
+        return cls(Vocabulary.from_folder(folder), release or guess_release(folder), ChatDefaults.from_folder(folder))
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt as text, for people; arguments and errors as for `prompt`.

@@ -35,6 +35,21 @@ _HTTPError = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 FAILURES = (OSError, HFValidationError, RuntimeError, _HTTPError)
 
 
+def nano_folder() -> Path:
+    """The checkpoint in this package: a small trained model, see its README.md.
+
+    Raises:
+        CheckpointError: this copy of the package lacks its weights.
+    """
+    folder = Path(__file__).parent / "nano"
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder}: expected the weights of the small model, model.safetensors, found none\n"
+            "hint: install mlx-v4flash again, or name another model"
+        )
+    return folder
+
+
 def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if it is a Hugging Face repository.
 

@@ -16,7 +16,7 @@ Command = Callable[..., Any]
 def model_options(command: Command) -> Command:
     """Which model, and how it computes."""
     options = [
-        click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small random model."),
+        click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small one, Nano."),
         click.option("--revision", help="Branch, tag or commit of the repository."),
     ]
     command = loading_options(command)
@@ -53,10 +53,10 @@ def loading_options(command: Command) -> Command:
 
 
 def sampling_options(command: Command) -> Command:
-    """How tokens are drawn; the defaults are those of the model card for chats, of SamplingParams otherwise."""
+    """How tokens are drawn; the defaults are those of `Chat.recommended` for chats, of SamplingParams otherwise."""
     options = [
         click.option(
-            "--temp", type=float, help="Temperature; 0 takes the most likely token. Default: 1 for chats, 0 otherwise."
+            "--temp", type=float, help="Temperature; 0: the most likely token. Default: 1 in chats, else 0; Nano: 0."
         ),
         click.option("--top-p", type=float, help="Keep the most likely tokens that reach this probability."),
         click.option("--min-p", type=float, help="Drop tokens below this share of the most likely one."),
@@ -72,8 +72,8 @@ def chat_options(command: Command) -> Command:
     """How the model is talked to, and how much it may say."""
     options = [
         click.option("--system", help="What the model is told before everything else."),
-        click.option("--think", type=click.Choice(["off", "low", "high", "max"]), default="high", show_default=True,
-                     help="How much the model thinks before it answers."),
+        click.option("--think", type=click.Choice(["off", "low", "high", "max"]),
+                     help="How much the model thinks before it answers. Default: high; Nano: off."),
         click.option("--think-budget", type=int, metavar="N", help="End the reasoning after N tokens."),
         click.option("--release", type=click.Choice(["v4-preview", "v4-0731"]),
                      help="Default: guessed from the checkpoint."),

@@ -24,7 +24,7 @@ from .events import Event, Usage
 from .loading import load
 from .model import Model
 from .progress import bar
-from .sampling import SamplingParams, card_defaults
+from .sampling import SamplingParams
 from .terminal import on_interrupt
 
 
@@ -73,12 +73,11 @@ class Run:
         """A conversation with this model.
 
         Args:
-            sampling: replaces what the model card recommends.
+            sampling: replaces what is recommended for this model.
             options: of `Chat`.
         """
         chat = Chat(self.model, self.tokenizer, warn=lambda text: print(f"warning: {text}", file=sys.stderr), **options)
-        card = card_defaults(chat.encoding.release, tools=bool(chat.tools))
-        chat.sampling = replace(card, **sampling)
+        chat.sampling = replace(chat.recommended, **sampling)
         return chat
 
     def answer(self, chat: Chat, text: str) -> Iterator[Event]:

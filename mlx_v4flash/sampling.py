@@ -52,9 +52,13 @@ class SamplingParams:
         return sampler
 
 
-def card_defaults(release: str, *, tools: bool) -> SamplingParams:
-    """What the model card of a release recommends (encoding spec 4). Greedy decoding would think in circles."""
-    return SamplingParams(temp=1.0, top_p=0.95 if tools and release == "v4-0731" else 0.0)
+def card_defaults(release: str, *, tools: bool, temp: float = 1.0) -> SamplingParams:
+    """What the model card of a release recommends (encoding spec 4). Greedy decoding would think in circles.
+
+    Args:
+        temp: temperature, where a checkpoint recommends another one.
+    """
+    return SamplingParams(temp=temp, top_p=0.95 if tools and release == "v4-0731" else 0.0)
 
 
 def default_max_tokens(think: str) -> int:

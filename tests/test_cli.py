@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from known import CALLS, SUM, TALK, answers_to
+from nano.chats import CALCULATOR
 
 import mlx_v4flash
 from mlx_v4flash import Chat, SamplingParams, generate, load
@@ -103,9 +105,28 @@ def test_release_changes_the_prompt(folder: Path) -> None:
 
 def test_default_model_works_offline_and_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = run("generate", "Hello", "--think", "off", "--temp", 0, "--max-tokens", 9)
-    assert result.exit_code == 0 and len(result.stdout) > 1
-    assert "small random model" in result.stderr
+    result = run("generate", TALK[0])
+    assert result.exit_code == 0 and result.stdout.rstrip("\n") in answers_to(TALK[0])
+    assert result.stderr.startswith("no --model: this is Nano") and result.stderr.count("\n") == 1
+
+
+def test_default_model_thinks_if_told_to() -> None:
+    question, expression, total = SUM
+    result = run("generate", question, "--think", "high", "--show-thinking")
+    assert result.stdout == f"{expression} = {total}.\n" and f"So {total}.\n" in result.stderr
+
+
+def test_default_model_calls_tools(tmp_path: Path) -> None:
+    file, (question, expression, _) = tmp_path / "tools.json", CALLS[0]
+    file.write_text(json.dumps([CALCULATOR]))
+    call = json.loads(run("generate", question, "--tools", file).stdout)
+    assert (call["name"], call["arguments"]) == ("calculator", {"expression": expression})
+
+
+def test_default_model_talks_turn_after_turn() -> None:
+    result = run("chat", stdin=f"My name is Lucy.\n{TALK[1]}\nWhat is my name?\n")
+    hello, answer, name = result.stdout.splitlines()
+    assert "Lucy" in hello and answer in answers_to(TALK[1]) and name == "Your name is Lucy."
 
 
 def test_prompt_from_stdin_equals_argument(folder: Path) -> None:

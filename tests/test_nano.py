@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,6 +44,15 @@ from nano.train import Shared, Worker, balanced, trim_log  # noqa: E402
 KINDS = ["chat", "sums", "tools", "pairs", "glossary", "copy", "needle", "name"]
 MEANINGS = [(f"{a}{b}{c}o", "noun", f"what comes {b}ter {a}") for a in "bdfgklmnp" for b in "aei" for c in "rst"]
 TEXTS = ["It was a long night, and nothing happened. " * 40, "Of ships and shoes and sealing wax. " * 50]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where other programs run, threads wait for each other at every small operation, a hundred times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +320,7 @@ def test_rates_rise_stay_and_fall() -> None:
     assert max(abs(a - b) for a, b in zip(rates[WARMUP:], rates[WARMUP + 1 :], strict=False)) < 0.01
     with pytest.raises(ValueError, match="expected one before"):
         phase_at(last)
-    assert tokens_before(last) > 40_000_000 and tokens_before(1) == PHASES[0].rows * PHASES[0].mix.length
+    assert tokens_before(last) > 25_000_000 and tokens_before(1) == PHASES[0].rows * PHASES[0].mix.length
 
 
 def test_the_recipe_has_every_mechanism() -> None:

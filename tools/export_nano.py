@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import torch
 from nano.export import export, load_state
+from nano.recipe import CHAT
 
 
 @click.command()
@@ -16,7 +17,7 @@ def main(folder: Path, checkpoint: Path) -> None:
     """Write the state in FOLDER, which train_nano.py wrote, to CHECKPOINT."""
     state = folder / "state.pt"
     step = torch.load(state, weights_only=True)["step"]
-    export(load_state(state), folder / "data", checkpoint, {"nano": True, "step": step})
+    export(load_state(state), folder / "data", checkpoint, {"nano": True, "step": step, "chat": CHAT})
     size = (checkpoint / "model.safetensors").stat().st_size
     click.echo(f"{checkpoint}: {size / 2**20:.1f} MiB after step {step}", err=True)
 

@@ -37,6 +37,9 @@ CONFIG: dict[str, Any] = REAL | {
     "vocab_size": VOCABULARY,
 }
 
+# How it is talked to unless told otherwise. It was taught to think in single answers only, and is too small for chance.
+CHAT: dict[str, Any] = {"think": "off", "temp": 0}
+
 
 @dataclass(frozen=True)
 class Phase:
