@@ -29,11 +29,12 @@ from mlx_v4flash.converted import PACK, Converted, is_converted
 from mlx_v4flash.engine import stream_tokens
 from mlx_v4flash.errors import CheckpointError, DeviceError, ExpertReadError, RequestError, V4FlashError
 from mlx_v4flash.experts import calibration
-from mlx_v4flash.experts.attach import Division, attach, begin, open_source, parse_bytes
+from mlx_v4flash.experts.attach import Division, attach, begin, open_source
 from mlx_v4flash.experts.pool import Record, Shape, allocate, record_bytes
 from mlx_v4flash.experts.readers import READERS, Buffers, Files
 from mlx_v4flash.experts.store import STAGING, Loads
 from mlx_v4flash.linear import Numerics
+from mlx_v4flash.memory import parse_bytes
 from mlx_v4flash.model import Model
 from mlx_v4flash.plan import make_plan, sizes_of
 from mlx_v4flash.tiny import TINY, write_tiny
