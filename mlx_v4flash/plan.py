@@ -196,6 +196,7 @@ def make_plan(
         "expert slots": 0,
         "staging": 0,
         "caches": cache_bytes(c, context, packed),
+        "kept caches": cache_bytes(c, context, packed),  # as the last prompt left them: see session.py
         "working": working,
         "readers": 0,
         "free buffers": min(BUFFER_BYTES, working),
