@@ -189,19 +189,20 @@ def test_experts_known_from_tokens_are_on_their_way_before_the_first_layer(folde
 def test_an_expert_is_read_once_for_a_chunk(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, rng = streamed(folders["fp4 converted"], [4, 4, 5]), np.random.default_rng(5)
     assert model.store is not None
-    source, reads = model.store.source, Counter[tuple[int, int]]()
+    source, reads = model.store.source, Counter[tuple[int, int, str]]()
     read = source.read
 
-    def count(layer: int, expert: int, into: Record, files: Files) -> int:
-        reads[layer, expert] += 1
-        return read(layer, expert, into, files)
+    def count(layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
+        for one in [piece] if piece else source.pieces:
+            reads[layer, expert, one] += 1
+        return read(layer, expert, into, files, piece)
 
     monkeypatch.setattr(source, "read", count)
     for T in (100, 50, 12, 1, 200):
         reads.clear()
         mx.eval(model(prompt(rng, T)))
         assert set(reads.values()) <= {1}, T
-    assert len(reads) == sum(E - n for n in (4, 4, 5)), "all experts are used, some of them are there"
+    assert len(reads) == 3 * sum(E - n for n in (4, 4, 5)), "all experts are used, some of them are there"
 
 
 def test_prefill_leaves_the_most_used_experts(folders: dict[str, Path]) -> None:

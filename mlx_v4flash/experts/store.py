@@ -93,7 +93,7 @@ class ExpertStore:
         self._running: dict[Future[float], str] = {}
         self._broken = False
         self._files = files or Files("pread")
-        self._pool = ThreadPoolExecutor(threads, "experts")
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "experts")
         weakref.finalize(self, self._files.close)
 
     def _allocate(self, slots: Sequence[int]) -> None:
@@ -235,6 +235,7 @@ class ExpertStore:
             held = table.resident.get(expert)
             if held is None:
                 jobs.append((self._read, (layer, expert, target)))
+                self.statistics.records += 1
             else:
                 jobs.append((_copy, (self.ranges[layer].record(held), target)))
         return self._begin(layer, [], jobs)
@@ -320,7 +321,14 @@ class ExpertStore:
         claimed = table.claim(missing, keep)
         assert not in_order or all(e == slot for e, slot in claimed.items())
         self.statistics.layers[layer].evictions = table.evictions
-        jobs = [(self._read, (layer, e, own.record(slot))) for e, slot in claimed.items()]
+        # Threads that would have no record to read take a piece of one.
+        pieces = self.source.pieces if len(missing) < 2 * self._threads else ("",)
+        jobs = [
+            (self._read, (layer, e, record, piece))
+            for e, record in ((e, own.record(slot)) for e, slot in claimed.items())
+            for piece in pieces
+        ]
+        self.statistics.records += len(missing)
         return self._begin(layer, missing, jobs)
 
     def _begin(
@@ -347,9 +355,9 @@ class ExpertStore:
             "hint: check the disk and its connection; requests work again when it answers"
         )
 
-    def _read(self, layer: int, expert: int, into: Record) -> float:
+    def _read(self, layer: int, expert: int, into: Record, piece: str = "") -> float:
         """By a thread of the pool; the time when it was done."""
-        nbytes = self.source.read(layer, expert, into, self._files)
+        nbytes = self.source.read(layer, expert, into, self._files, piece)
         self.statistics.add_read(nbytes)
         return time.perf_counter()
 
