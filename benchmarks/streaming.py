@@ -1,19 +1,20 @@
-"""Experts from disk: the store beside a memory map, beside plain reads, and beside what the file gives at that moment.
+"""Experts from disk: the store beside what the file gives at that moment, plain reads, and memory maps.
 
-    python benchmarks/streaming.py CONVERTED [--shares 10,25,50,100] [--tokens 40] [--random-map]
+    python benchmarks/streaming.py CONVERTED [--shares 10,25,50,100] [--tokens 96]
 
 Only bytes are moved: the model is not run, so the figures are those of bookkeeping and disk. Each layer's experts are
-those of an invented, skewed routing (mlx_v4flash.experts.simulation.synthetic). Before each measurement the file's
-pages are dropped from the page cache. Ways:
+those of an invented, skewed routing (mlx_v4flash.experts.simulation.synthetic), and every way keeps as many of them as
+it has slots, by the same policy. Ways:
 
-- store: ExpertStore with the reader and the threads that were fastest just before;
-- plain: the same misses, one read after another;
-- map: a memory map of the file is touched where experts are used; faults do the rest, with the system's readahead or,
-  with --random-map, without.
+- limit: threads read the missing records of several tokens, none waiting for another;
+- store: ExpertStore with the same reader and as many threads, waiting for each layer of each token;
+- plain: the same, one record after another, through the page cache;
+- map: a memory map of the file is touched where experts are missing, and faults do the rest with readahead;
+- random map: the same without readahead, for the first slice alone.
 
-The limit is what threads that read other places of the same file reach just before and after. Writes
-benchmarks/streaming.json. The one here has a run of each map, of 15 and 20 tokens and one layer with the sizes of
-V4-Flash, on two shared cores with other work on them: figures of one run, not medians.
+Disks of shared machines change their speed from second to second. So all take turns, slice by slice of four tokens, in
+an order that changes, with the file's pages dropped from the page cache before each; ratios are medians over slices.
+Writes benchmarks/streaming.json.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,11 +37,101 @@ from mlx_v4flash.experts.attach import open_source
 from mlx_v4flash.experts.calibration import measure
 from mlx_v4flash.experts.eviction import LFU
 from mlx_v4flash.experts.pool import record_bytes
-from mlx_v4flash.experts.readers import Files
+from mlx_v4flash.experts.readers import READERS, Files
 from mlx_v4flash.experts.residency import Residency
 from mlx_v4flash.experts.simulation import synthetic
 from mlx_v4flash.experts.store import ExpertStore
 from mlx_v4flash.experts.trace import Trace
+
+Passes = list[list[list[int]]]
+SLICE = 4
+
+
+class Way(Protocol):
+    def __call__(self, passes: Passes) -> int:
+        """Bring what these passes need to memory; the bytes that were read."""
+
+
+class Tables:
+    """What is missing at each call, by the store's own bookkeeping."""
+
+    def __init__(self, opened: Converted, slots: int) -> None:
+        self.layers = [opened.layers[f"layers.{n}.ffn.experts"].record for n in range(opened.config.num_hidden_layers)]
+        self.tables = [Residency(slots, LFU()) for _ in self.layers]
+
+    def records(self, passes: Passes) -> Iterator[tuple[int, int]]:
+        """Offset and length of each record that is to be read."""
+        for layers in passes:
+            for table, record, experts in zip(self.tables, self.layers, layers, strict=True):
+                table.use(experts)
+                for expert in table.claim(table.missing(experts), experts):
+                    yield record(expert)
+                    table.loaded(expert)
+
+
+class Limit(Tables):
+    def __init__(self, opened: Converted, slots: int, reader: str, threads: int) -> None:
+        super().__init__(opened, slots)
+        self.file, self.threads, self.pool = READERS[reader](opened.folder / PACK), threads, ThreadPoolExecutor(threads)
+        self.buffers: list[np.ndarray] = []
+
+    def __call__(self, passes: Passes) -> int:
+        records = list(self.records(passes))
+        todo, longest = iter(records), max((length for _, length in records), default=0)
+        self.buffers = self.buffers or [np.ones(longest, np.uint8) for _ in range(self.threads)]
+
+        def work(memory: np.ndarray) -> None:
+            while record := next(todo, None):
+                self.file.read(record[0], [memory[: record[1]].data])
+
+        list(self.pool.map(work, self.buffers))
+        return sum(length for _, length in records)
+
+
+class Store:
+    def __init__(self, opened: Converted, slots: int, reader: str, threads: int) -> None:
+        c = opened.config
+        self.store = ExpertStore(
+            open_source(opened), [slots] * c.num_hidden_layers, c.n_routed_experts, eviction=LFU, staging=1,
+            files=Files(reader), threads=threads,
+        )  # fmt: skip
+
+    def __call__(self, passes: Passes) -> int:
+        before = self.store.statistics.bytes_read
+        for layers in passes:
+            for layer, experts in enumerate(layers):
+                self.store.finish(self.store.stage(layer, experts))
+        return self.store.statistics.bytes_read - before
+
+
+class Plain(Tables):
+    def __init__(self, opened: Converted, slots: int, reader: str = "pread") -> None:
+        super().__init__(opened, slots)
+        self.file = READERS[reader](opened.folder / PACK)
+        self.memory = np.ones(record_bytes(open_source(opened).shapes), np.uint8)
+
+    def __call__(self, passes: Passes) -> int:
+        done = 0
+        for offset, length in self.records(passes):
+            self.file.read(offset, [self.memory[:length].data])
+            done += length
+        return done
+
+
+class Map(Tables):
+    def __init__(self, opened: Converted, slots: int, advice: int) -> None:
+        super().__init__(opened, slots)
+        with (opened.folder / PACK).open("rb") as file:
+            self.view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.view.madvise(advice)
+
+    def __call__(self, passes: Passes) -> int:
+        done = 0
+        for offset, length in self.records(passes):
+            np.frombuffer(self.view, np.uint8, length, offset)[:: mmap.PAGESIZE].sum()
+            self.view.madvise(mmap.MADV_DONTNEED, offset, length)  # so that the page cache can be dropped
+            done += length
+        return done
 
 
 def drop(path: Path) -> None:
@@ -49,80 +140,45 @@ def drop(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@contextmanager
-def timed(path: Path) -> Iterator[dict[str, float]]:
-    drop(path)
-    found, begun = {}, time.perf_counter()
-    yield found
-    found["seconds"] = time.perf_counter() - begun
-
-
-def limit(path: Path, record: int) -> tuple[float, str, int]:
-    """Bytes/s of the fastest way to read records at random places, and which it is."""
+def compare(opened: Converted, trace: Trace, slots: int) -> dict[str, Any]:
+    """Bytes/s of each way in each slice."""
+    path, record = opened.folder / PACK, record_bytes(open_source(opened).shapes)
     best = max(measure(path, record, seconds=1.0), key=lambda choice: choice.bytes_per_s or 0.0)
-    return best.bytes_per_s or 0.0, best.reader, best.threads
+    choice = best.reader, best.threads
+    ways: dict[str, Way] = {
+        "limit": Limit(opened, slots, *choice),
+        "store": Store(opened, slots, *choice),
+        "plain": Plain(opened, slots),
+        "map": Map(opened, slots, mmap.MADV_NORMAL),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in [*ways, "random map"]}
+    slices = [trace.passes[n : n + SLICE] for n in range(0, len(trace.passes), SLICE)]
+    read, used = 0, sum(len(experts) for passes in slices for layers in passes for experts in layers)
+    for number, passes in enumerate(slices):
+        names = list(ways)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            nbytes, seconds = timed(path, ways[name], passes)
+            read += nbytes if name == "store" else 0
+            if nbytes >= 2 * record:
+                speeds[name].append(nbytes / seconds)
+    nbytes, seconds = timed(path, Map(opened, slots, mmap.MADV_RANDOM), slices[0])
+    speeds["random map"] = [nbytes / seconds]
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
+
+    def ratio(name: str) -> float:
+        return statistics.median(a / b for a, b in zip(speeds["store"], speeds[name], strict=True))
+
+    return {
+        "reader": best.reader, "threads": best.threads, "miss_rate": read / record / used,
+        "store_of_limit": ratio("limit"), "store_of_plain": ratio("plain"), "store_of_map": ratio("map"),
+        "store_of_random_map": speeds["store"][0] / speeds["random map"][0], "bytes_per_s": medians,
+    }  # fmt: skip
 
 
-def with_store(opened: Converted, trace: Trace, slots: int, reader: str, threads: int) -> dict[str, float]:
-    """Stage every call of the trace; nothing computes."""
-    source = open_source(opened)
-    store = ExpertStore(
-        source, [slots] * trace.layers, trace.experts, eviction=LFU, files=Files(reader), threads=threads, staging=1
-    )
-    with timed(source.path) as found:
-        for layers in trace.passes:
-            for layer, experts in enumerate(layers):
-                store.finish(store.stage(layer, experts))
-    found["bytes"] = float(store.statistics.bytes_read)
-    found["disk_s"] = store.statistics.disk_s
-    store.close()
-    return found
-
-
-def one_by_one(opened: Converted, trace: Trace, slots: int) -> dict[str, float]:
-    """The same slots and policy; each miss is read after the one before, through the page cache."""
-    source, files, done = open_source(opened), Files("pread"), 0
-    tables = [Residency(slots, LFU()) for _ in range(trace.layers)]
-    into = {name: np.empty(shape.shape, _numpy(shape.nbytes, shape.shape)) for name, shape in source.shapes.items()}
-    with timed(source.path) as found:
-        for layers in trace.passes:
-            for layer, experts in enumerate(layers):
-                tables[layer].use(experts)
-                missing = tables[layer].missing(experts)
-                for expert in tables[layer].claim(missing, experts):
-                    done += source.read(layer, expert, into, files)
-                    tables[layer].loaded(expert)
-    files.close()
-    return found | {"bytes": float(done)}
-
-
-def _numpy(nbytes: int, shape: tuple[int, ...]) -> np.dtype[Any]:
-    return np.dtype(f"u{nbytes // int(np.prod(shape))}")
-
-
-def with_map(opened: Converted, trace: Trace, slots: int, random: bool) -> dict[str, float]:
-    """Every page of an expert is touched in a map of the file; pages of those that are given up are dropped."""
-    path, done = opened.folder / PACK, 0
-    tables = [Residency(slots, LFU()) for _ in range(trace.layers)]
-    packed = [opened.layers[f"layers.{n}.ffn.experts"] for n in range(trace.layers)]
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        view.madvise(mmap.MADV_RANDOM if random else mmap.MADV_NORMAL)
-        with timed(path) as found:
-            for layers in trace.passes:
-                for layer, experts in enumerate(layers):
-                    table = tables[layer]
-                    table.use(experts)
-                    missing, before = table.missing(experts), dict(table.resident)
-                    for expert in table.claim(missing, experts):
-                        start, length = packed[layer].record(expert)
-                        np.frombuffer(view, np.uint8, length, start)[:: mmap.PAGESIZE].sum()
-                        done += length
-                        table.loaded(expert)
-                    for expert in before.keys() - table.resident.keys():
-                        start, length = packed[layer].record(expert)
-                        view.madvise(mmap.MADV_DONTNEED, start, length)
-                        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
-    return found | {"bytes": float(done)}
+def timed(path: Path, way: Way, passes: Passes) -> tuple[int, float]:
+    drop(path)
+    begun = time.perf_counter()
+    return way(passes), time.perf_counter() - begun
 
 
 def bookkeeping(trace: Trace, slots: int, layers: int) -> float:
@@ -144,12 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shares", default="10,25,50,100", help="of the experts, in per cent")
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--random-map", action="store_true")
+    parser.add_argument("--tokens", type=int, default=96)
     args = parser.parse_args()
     opened = Converted.open(args.folder)
-    c, path = opened.config, args.folder / PACK
-    record = record_bytes(open_source(opened).shapes)
+    c = opened.config
     trace = synthetic(c.num_hidden_layers, c.n_routed_experts, c.num_experts_per_tok, args.tokens)
     long = synthetic(c.num_hidden_layers, c.n_routed_experts, c.num_experts_per_tok, 400)
     rows = []
@@ -157,27 +211,10 @@ def main() -> None:
         slots = max(c.num_experts_per_tok, c.n_routed_experts * share // 100)
         # A layer that is held whole is not streamed: one slot less shows what filling it takes.
         slots = min(slots, c.n_routed_experts - 1)
-        before = limit(path, record)
-        found = {"store": with_store(opened, trace, slots, *before[1:])}
-        after = limit(path, record)
-        found |= {"plain": one_by_one(opened, trace, slots), "map": with_map(opened, trace, slots, args.random_map)}
-        top = (before[0] + after[0]) / 2
-        speed = {name: f["bytes"] / f["seconds"] for name, f in found.items()}
-        row = {
-            "share": share,
-            "slots": slots,
-            "reader": before[1],
-            "threads": before[2],
-            "miss_rate": found["store"]["bytes"] / record / sum(len(e) for p in trace.passes for e in p),
-            "limit_bytes_per_s": [before[0], after[0]],
-            "bytes_per_s": speed,
-            "store_of_limit": speed["store"] / top,
-            "store_of_map": speed["store"] / speed["map"],
-            "store_of_plain": speed["store"] / speed["plain"],
-            "bookkeeping_43_layers_s": bookkeeping(long, slots, 43),
-        }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        row = {"share": share, "slots": slots} | compare(opened, trace, slots)
+        rows.append(row | {"bookkeeping_43_layers_s": bookkeeping(long, slots, 43)})
+        print(json.dumps(rows[-1]), flush=True)
+    record = record_bytes(open_source(opened).shapes)
     result = {"record_bytes": record, "layers": c.num_hidden_layers, "tokens": args.tokens, "rows": rows}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -21,8 +21,8 @@ import metal_kernels
 from . import __version__
 from .cache import LayerCache
 from .errors import RequestError
+from .memory import peak_bytes
 from .model import Model
-from .run import peak_memory_bytes
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def measure(model: Model, contexts: list[int], *, decode: int, rounds: int, chun
         chunk=chunk,
         decode=decode,
         rounds=rounds,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_bytes(),
         frontiers=frontiers,
     )
 

@@ -13,7 +13,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import LayerCache
 from .errors import NumericsError, RequestError
+from .memory import give_back, held_bytes
 from .model import Model
+from .plan import Plan
 
 PREFILL_CHUNK = 2048
 
@@ -176,17 +178,27 @@ def _guarded(model: Model, progress: Callable[[int, int], None] | None) -> Calla
 
 
 def _expect_planned(model: Model) -> None:
-    """Raise RequestError if arrays take more than the plan leaves them; what MLX keeps of freed memory goes first."""
+    """Keep memory to the plan: freed memory goes first, then experts' slots; RequestError if that does not suffice."""
     plan = model.plan
-    if plan is None or mx.get_active_memory() + mx.get_cache_memory() <= plan.array_bytes:
+    if plan is None or not _excess(plan):
         return
-    mx.clear_cache()
-    active = mx.get_active_memory()
-    if active > plan.array_bytes:
+    give_back()
+    excess = _excess(plan)
+    if excess and model.store is not None and model.store.shrink(excess, model.config.num_experts_per_tok):
+        give_back()
+        excess = _excess(plan)
+    if excess:
         raise RequestError(
-            f"memory: expected at most {plan.array_bytes:,} bytes in arrays, found {active:,}\n"
+            f"memory: expected at most {plan.budget:,} bytes, of them {plan.array_bytes:,} in arrays, found "
+            f"{excess:,} more\n"
             "hint: the request was stopped; close other conversations, shorten this one, or load with more --memory"
         )
+
+
+def _excess(plan: Plan) -> int:
+    """Bytes above the plan, by what the system says of the process and by what MLX says of arrays."""
+    arrays = mx.get_active_memory() + mx.get_cache_memory()
+    return max(0, held_bytes() - plan.budget, arrays - plan.array_bytes)
 
 
 def _expect_number(

@@ -14,9 +14,11 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted
 from .errors import RequestError
-from .experts.attach import CHOICES, parse_bytes, usable_bytes
+from .experts.attach import CHOICES
+from .experts.pool import share
 from .experts.store import STAGING
 from .inventory import official_tensors
+from .memory import parse_bytes, usable_bytes
 from .random_weights import stored_dtype
 from .safetensors_header import DTYPES
 
@@ -194,6 +196,7 @@ def make_plan(
         "expert slots": 0,
         "staging": 0,
         "caches": cache_bytes(c, context, packed),
+        "kept caches": cache_bytes(c, context, packed),  # as the last prompt left them: see session.py
         "working": working,
         "readers": 0,
         "free buffers": min(BUFFER_BYTES, working),
@@ -206,7 +209,7 @@ def make_plan(
     if not whole and fixed + L * E * record > budget:
         parts |= streaming
         staging = min(E, STAGING)
-        slots = _share((budget - sum(parts.values())) // record, L, A, E)
+        slots = share((budget - sum(parts.values())) // record, L, A, E)
     parts["expert slots"] = sum(slots) * record
     return Plan(budget, context, chunk, E, record, parts, slots, staging, smallest)
 
@@ -248,9 +251,3 @@ def plan_for_load(
         return None
     plan.expect_fits()
     return plan
-
-
-def _share(slots: int, layers: int, least: int, most: int) -> list[int]:
-    """As evenly as may be; what does not divide goes to the first layers."""
-    each, rest = divmod(slots, layers)
-    return [min(max(each + (layer < rest), least), most) for layer in range(layers)]

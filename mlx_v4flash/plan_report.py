@@ -15,7 +15,7 @@ from .experts.simulation import POLICIES, hit_rate, synthetic
 from .experts.trace import Trace
 from .plan import Plan, Sizes
 
-_BAR = {"weights": "#", "expert slots": "=", "staging": "+", "caches": "c", "working": "w"}
+_BAR = {"weights": "#", "expert slots": "=", "staging": "+", "caches": "c", "kept caches": "k", "working": "w"}
 _OTHERS = (0.5, 0.75, 1.5, 2.0)
 _WIDTH = 64
 

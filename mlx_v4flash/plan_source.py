@@ -12,11 +12,12 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted, is_converted
 from .errors import HubError
-from .experts.attach import open_source, parse_bytes
+from .experts.attach import open_source
 from .experts.calibration import measure
 from .experts.pool import record_bytes
 from .experts.trace import Trace, read_trace
 from .hub import FAILURES, explain
+from .memory import parse_bytes
 from .plan import Plan, Sizes, make_plan, sizes_of
 from .tiny import REAL
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
@@ -22,6 +20,7 @@ from .chat import Chat
 from .engine import stream_generate
 from .events import Event, Usage
 from .loading import load
+from .memory import peak_bytes
 from .model import Model
 from .progress import bar
 from .sampling import SamplingParams
@@ -126,7 +125,7 @@ class Run:
             found["decode_tokens_per_s"] = round(self.usage.generated_tokens / max(self.usage.decode_s, 1e-9), 2)
         found["load_s"] = round(self.load_s, 3)
         found["bytes_read"] = self.load_bytes
-        found["peak_memory_bytes"] = peak_memory_bytes()
+        found["peak_memory_bytes"] = peak_bytes()
         if self.model.store is not None:
             found |= self.model.store.statistics.report()
         found["ops"] = metal_kernels.active()
@@ -140,13 +139,3 @@ class Run:
                 continue
             shown = f"{value:,}" if isinstance(value, int) else value
             console.print(f"{name.replace('_', ' ')}: {shown}")
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held so far."""
-    if sys.platform == "linux":  # getrusage would start with what the parent process held
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The system does not count all of Metal's buffers; MLX does.
-    return max(peak, mx.get_peak_memory())

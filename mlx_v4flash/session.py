@@ -47,7 +47,7 @@ class Session:
 
     Args:
         snapshots, snapshot_bytes: how many copies to keep, and how many bytes of them beside the newest. The one
-            unused for longest goes first.
+            unused for longest goes first. A plan of memory may leave room for fewer.
         prefill_chunk: prompt tokens per forward pass.
 
     Attributes:
@@ -168,10 +168,12 @@ class Session:
     def _remember(self, held: Held) -> None:
         if not held.tokens:
             return
-        kept, nbytes = [held], 0
+        kept, nbytes, most, plan = [held], 0, self._keep_bytes, self.model.plan
+        if plan is not None:
+            most = min(most, plan.parts["kept caches"] - held.nbytes)
         for other in reversed([h for h in self._snapshots if h.tokens != held.tokens][-self._keep + 1 :]):
             nbytes += other.nbytes
-            if nbytes > self._keep_bytes:
+            if nbytes > most:
                 break
             kept.append(other)
         self._snapshots = kept[::-1]

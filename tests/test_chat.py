@@ -20,6 +20,7 @@ from mlx_v4flash.encoding import Encoding, shared_tokens
 from mlx_v4flash.errors import RequestError, V4FlashError
 from mlx_v4flash.events import Event, Reasoning, Text, ToolCall, ToolResult, Usage
 from mlx_v4flash.model import Model
+from mlx_v4flash.plan import Plan
 from mlx_v4flash.sampling import SamplingParams, ThinkBudget, card_defaults
 from mlx_v4flash.session import Session
 from mlx_v4flash.tiny import write_tiny
@@ -141,6 +142,20 @@ def test_copies_are_limited(loaded: tuple[Model, Encoding]) -> None:
             session.prefill(prompt)
     assert held(few) == [10, 15] and held(small) == [15]
     assert few.prefill(prompts[0]) == 5 and held(few) == [15, 5]
+
+
+def test_copies_fit_the_plan(loaded: tuple[Model, Encoding], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[0, 5, *range(20, 20 + n)] for n in (3, 8, 13)]
+    for room, count in ((1, 1), (2.5, 2), (9, 3)):
+        session = Session(loaded[0])
+        session.prefill(prompts[0])
+        size = session._snapshots[0].nbytes
+        parts = {"kept caches": int(room * size), "process": 0, "readers": 0}
+        monkeypatch.setattr(loaded[0], "plan", Plan(1 << 40, 256, 2048, 1, 1, parts, [], 0, 0))
+        for prompt in prompts[1:]:
+            session.prefill(prompt)
+        assert len(session._snapshots) == count
+        monkeypatch.undo()
 
 
 def test_leaving_a_run_leaves_no_call_open(loaded: tuple[Model, Encoding]) -> None:

@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,25 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from streaming import LAYERS, PLAIN, SMALL, A, E, Reads, expect_same, fails_once, prompt, streamed
 
 from mlx_v4flash import convert as conversion
 from mlx_v4flash import load_model
 from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.cli import main
-from mlx_v4flash.converted import PACK, Converted, is_converted
+from mlx_v4flash.converted import PACK, Converted
 from mlx_v4flash.engine import stream_tokens
 from mlx_v4flash.errors import CheckpointError, DeviceError, ExpertReadError, RequestError, V4FlashError
 from mlx_v4flash.experts import calibration
-from mlx_v4flash.experts.attach import Division, attach, begin, open_source, parse_bytes
+from mlx_v4flash.experts.attach import Division, attach, begin, open_source
 from mlx_v4flash.experts.pool import Record, Shape, allocate, record_bytes
-from mlx_v4flash.experts.readers import READERS, Buffers, Files
+from mlx_v4flash.experts.readers import READERS, Files
 from mlx_v4flash.experts.store import STAGING, Loads
 from mlx_v4flash.linear import Numerics
 from mlx_v4flash.model import Model
 from mlx_v4flash.plan import make_plan, sizes_of
-from mlx_v4flash.tiny import TINY, write_tiny
+from mlx_v4flash.tiny import write_tiny
 from mlx_v4flash.weights import load_weights
-
-# One layer that routes by token id, two by score.
-SMALL = {
-    **TINY, "num_hidden_layers": 3, "num_hash_layers": 1, "compress_ratios": [0, 4, 128], "n_routed_experts": 12,
-    "num_experts_per_tok": 3, "moe_intermediate_size": 64, "hidden_size": 64,
-}  # fmt: skip
-PLAIN = {key: value for key, value in SMALL.items() if key not in ("quantization_config", "expert_dtype")}
-LAYERS, E, A = 3, 12, 3
 
 
 @pytest.fixture(scope="module")
@@ -68,45 +60,6 @@ def resident(folders: dict[str, Path]) -> dict[str, Model]:
 
 
 FORMATS = ["fp4", "fp8", "plain", "fp4 converted", "fp8 converted", "plain converted"]
-
-
-class Reads(Files):
-    """Counts reads, and runs something before each."""
-
-    def __init__(self, before: Callable[[], None] = lambda: None, kind: str = "pread") -> None:
-        super().__init__(kind)
-        self.before, self.count = before, 0
-
-    def read(self, path: Path, offset: int, buffers: Buffers) -> None:
-        self.count += 1
-        self.before()
-        super().read(path, offset, buffers)
-
-
-def streamed(
-    folder: Path, slots: list[int], files: Files | None = None, verify: bool = False, prefetch: bool = False
-) -> Model:
-    opened = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
-    model = Model(opened.config, Numerics())
-    store = attach(model, open_source(opened, verify), Division(slots, E), prefetch=prefetch, files=files or Reads())
-    load_weights(model, opened)
-    begin(model, store)
-    return model
-
-
-def prompt(rng: np.random.Generator, T: int, B: int = 1) -> mx.array:
-    return mx.array(rng.integers(0, SMALL["vocab_size"], (B, T)))
-
-
-def expect_same(model: Model, other: Model, ids: mx.array, chunk: int = 4096, steps: int = 1) -> None:
-    """Logits of the prompt in chunks, and of some tokens after it, bit for bit."""
-    caches = model.make_cache(), other.make_cache()
-    parts = [ids[:, n : n + chunk] for n in range(0, ids.shape[1], chunk)]
-    for step in range(len(parts) + steps):
-        found, expected = model(parts[step], caches[0]), other(parts[step], caches[1])
-        assert mx.array_equal(found, expected), f"step {step}"
-        if step + 1 >= len(parts):
-            parts.append(mx.argmax(found[:, -1:], axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -236,19 +189,20 @@ def test_experts_known_from_tokens_are_on_their_way_before_the_first_layer(folde
 def test_an_expert_is_read_once_for_a_chunk(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, rng = streamed(folders["fp4 converted"], [4, 4, 5]), np.random.default_rng(5)
     assert model.store is not None
-    source, reads = model.store.source, Counter[tuple[int, int]]()
+    source, reads = model.store.source, Counter[tuple[int, int, str]]()
     read = source.read
 
-    def count(layer: int, expert: int, into: Record, files: Files) -> int:
-        reads[layer, expert] += 1
-        return read(layer, expert, into, files)
+    def count(layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
+        for one in [piece] if piece else source.pieces:
+            reads[layer, expert, one] += 1
+        return read(layer, expert, into, files, piece)
 
     monkeypatch.setattr(source, "read", count)
     for T in (100, 50, 12, 1, 200):
         reads.clear()
         mx.eval(model(prompt(rng, T)))
         assert set(reads.values()) <= {1}, T
-    assert len(reads) == sum(E - n for n in (4, 4, 5)), "all experts are used, some of them are there"
+    assert len(reads) == 3 * sum(E - n for n in (4, 4, 5)), "all experts are used, some of them are there"
 
 
 def test_prefill_leaves_the_most_used_experts(folders: dict[str, Path]) -> None:
@@ -277,17 +231,6 @@ def test_guesses_change_no_result(folders: dict[str, Path], resident: dict[str, 
     assert model.store is not None
     found = model.store.statistics
     assert 0 < found.prefetched_used < found.prefetched
-
-
-def fails_once(error: BaseException, after: int = 0) -> Callable[[], None]:
-    left = [after + 1]
-
-    def before() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise error
-
-    return before
 
 
 @pytest.mark.parametrize("T", [1, 8, 60])
@@ -469,20 +412,6 @@ def test_memory_is_divided(folders: dict[str, Path]) -> None:
     less = make_plan(opened.config, sizes, memory=plan.smallest - 1)
     with pytest.raises(RequestError, match=f"memory: expected at least {plan.smallest:,} bytes"):
         less.expect_fits()
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("48GB", 48 * 10**9), ("1.5 GiB", 3 << 29), ("200", 200), ("7kb", 7000), (5, 5), (None, None)],
-)
-def test_amounts_of_memory(text: str | int | None, nbytes: int | None) -> None:
-    assert parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1", -1, 0, True, "1 XB", "4iB", 1.5])
-def test_no_amounts_of_memory(text: Any) -> None:
-    with pytest.raises(RequestError, match="memory: expected a number of bytes"):
-        parse_bytes(text)
 
 
 def test_load_model_chooses(folders: dict[str, Path], resident: dict[str, Model]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,33 +28,6 @@ if TYPE_CHECKING:
 
 POLICIES: dict[str, Callable[[], Eviction]] = {"lru": LRU, "lfu": LFU}
 CHOICES = ("auto", "resident", "stream")
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_bytes(value: str | int | None) -> int | None:
-    """ "48GB", "1.5TiB" or a number of bytes.
-
-    Raises:
-        RequestError: anything else.
-    """
-    if value is None or (type(value) is int and value > 0):
-        return value
-    text = value if isinstance(value, str) else ""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if found is None or (found[3] and not found[2]):
-        raise RequestError(f"memory: expected a number of bytes such as 48GB or 64GiB, found {value!r}")
-    units = _BINARY if found[3] else _UNITS
-    return int(float(found[1]) * units[found[2].upper()])
-
-
-def usable_bytes() -> int:
-    """What a model may take of this machine's memory: a quarter of it, or 8 GiB, is left to everything else."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    usable = total - max(total // 4, 8 << 30)
-    if mx.metal.is_available():
-        usable = min(usable, int(mx.device_info()["max_recommended_working_set_size"]))
-    return max(usable, total // 4)
 
 
 @dataclass(frozen=True)

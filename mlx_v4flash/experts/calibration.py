@@ -20,7 +20,7 @@ from .readers import READERS, PlainReader
 
 # A map is never chosen: a disk that fails under it ends the process. Direct reads come first, since they leave
 # nothing in the page cache for the others to find.
-KINDS, THREADS = ("direct", "pread"), (1, 4, 8)
+KINDS, THREADS = ("direct", "pread"), (4, 8)
 # Experts smaller than this are those of test models, for which nothing has to be measured.
 LEAST_BYTES = 1 << 20
 _BLOCK = 16384
@@ -73,6 +73,7 @@ def measure(path: Path, record_bytes: int, seconds: float = 0.25) -> Iterator[Ch
 
 
 def _speed(reader: PlainReader, file_bytes: int, record_bytes: int, threads: int, seconds: float) -> float:
+    """Bytes/s of threads that read records at random places for about so long, with nothing of them in the cache."""
     begun = time.perf_counter()
 
     def work(seed: int) -> int:

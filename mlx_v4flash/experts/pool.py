@@ -57,6 +57,12 @@ def record_bytes(shapes: Shapes) -> int:
     return sum(shape.nbytes for shape in shapes.values())
 
 
+def share(slots: int, layers: int, least: int, most: int) -> list[int]:
+    """Slots of each layer, as evenly as may be; what does not divide goes to the first layers."""
+    each, rest = divmod(slots, layers)
+    return [min(max(each + (layer < rest), least), most) for layer in range(layers)]
+
+
 def allocate(shapes: Shapes, sizes: list[int], buffer_bytes: int | None = None) -> list[SlotRange]:
     """Ranges of so many slots each, in as few buffers as may be: one for each component.
 

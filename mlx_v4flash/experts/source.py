@@ -26,18 +26,26 @@ class Source(Protocol):
         shapes: arrays of an expert, by their names in its layer.
         formats: mode, and unless plain group_size and bits, of w1, w2 and w3.
         path: a file that holds experts, to measure how fast it is read.
+        pieces: of an expert, each of which can be read by itself: those of w1, w3 and w2, or all in one.
     """
 
     shapes: Shapes
     formats: dict[str, dict[str, Any]]
     path: Path
+    pieces: tuple[str, ...]
 
-    def read(self, layer: int, expert: int, into: Record, files: Files) -> int:
-        """Fill the arrays of one expert; called by several threads. Returns the bytes that were read.
+    def read(self, layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
+        """Fill the arrays of one expert, or those whose names begin with `piece`; called by several threads.
+
+        Returns:
+            Bytes that were read.
 
         Raises:
             ExpertReadError: names the expert and the file.
         """
+
+
+PIECES: tuple[str, ...] = ("w1.", "w3.", "w2.")
 
 
 class PackSource:
@@ -64,16 +72,19 @@ class PackSource:
                     "layers the same formats"
                 )
         self._verify = verify
+        self.pieces = ("",) if verify else PIECES  # a checksum is of a whole record
 
-    def read(self, layer: int, expert: int, into: Record, files: Files) -> int:
+    def read(self, layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
         packed = self._layers[layer]
-        start, length = packed.record(expert)
+        record, length = packed.record(expert)
+        components = [part for part in packed.components if part.name.startswith(piece)]
         buffers: list[memoryview] = []
-        end = 0
-        for part in packed.components:
+        first = end = components[0].offset
+        for part in components:
             buffers += [memoryview(bytearray(part.offset - end))] if part.offset > end else []
             buffers.append(into[part.name].data.cast("B"))
             end = part.offset + part.nbytes
+        start = record + first
         if self._verify and end < length:
             buffers.append(memoryview(bytearray(length - end)))
         nbytes = sum(map(len, buffers))
@@ -94,6 +105,8 @@ class PackSource:
 class ShardSource:
     """Tensors of a checkpoint as it was published: several reads for an expert, some of them small."""
 
+    pieces = PIECES
+
     def __init__(self, checkpoint: Checkpoint, verify: bool = False) -> None:
         if verify:
             raise RequestError(
@@ -112,9 +125,11 @@ class ShardSource:
         self.path = first["w1.weight"][0].path
         self.shapes = {name: self._shape(name, [layer[name] for layer in self._layers]) for name in first}
 
-    def read(self, layer: int, expert: int, into: Record, files: Files) -> int:
+    def read(self, layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
         nbytes = 0
         for name, tensors in self._layers[layer].items():
+            if not name.startswith(piece):
+                continue
             tensor, target = tensors[expert], into[name]
             where = f"layers.{layer}, expert {expert}: {tensor.path}: {tensor.name}"
             nbytes += tensor.nbytes

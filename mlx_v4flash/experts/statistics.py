@@ -26,7 +26,7 @@ class Statistics:
 
     Args:
         tokens: that went through the model.
-        records, bytes_read: from disk.
+        records, bytes_read: from disk; records are counted when their reading begins.
         disk_s: time in which reads were under way; wait_s: the part of it in which nothing else was done.
         syncs: how often the host waited for the device to learn which experts are needed.
         prefetched: experts loaded on a guess; prefetched_used: those that the next call needed.
@@ -44,9 +44,8 @@ class Statistics:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add_read(self, nbytes: int) -> None:
-        """A record was read; any thread may say so."""
+        """So much was read; any thread may say so."""
         with self._lock:
-            self.records += 1
             self.bytes_read += nbytes
 
     def report(self) -> dict[str, Any]:

@@ -6,14 +6,17 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..errors import ExpertReadError
 from .eviction import LRU, Eviction
-from .pool import Record, allocate, record_bytes
+from .pool import Record, allocate, record_bytes, share
 from .products import SORT_FROM
 from .readers import Files
 from .residency import Residency
@@ -23,8 +26,22 @@ from .statistics import LayerCounts, Statistics
 # Slots of the staging range. Prefill uses halves of it in turn; calls of fewer than SORT_FROM pairs may need all.
 STAGING = SORT_FROM
 THREADS = 4
+# A disk that gives no record for so long counts as gone. One that spins up, or is shared, takes less.
+TIMEOUT_S = 60.0
+# What a shrinking pool gives up at least, so that it does not happen at every step.
+_SHRINK_SHARE = 0.1
 # Results of a layer that may be unfinished at once.
 _NOTED = 8
+
+
+class User(Protocol):
+    """Whoever keeps arrays of the ranges, as `StreamedExperts` does."""
+
+    def release(self) -> None:
+        """Let go of them; `bind` follows."""
+
+    def bind(self) -> None:
+        """Take those that the store has now."""
 
 
 @dataclass
@@ -48,6 +65,7 @@ class ExpertStore:
         staging: slots that all layers share, for calls that need more experts than their layer has slots.
         eviction: makes the policy of one layer.
         threads: that read.
+        timeout_s: a record that takes longer than this, from the end of the one before, counts as lost.
     """
 
     def __init__(
@@ -60,26 +78,61 @@ class ExpertStore:
         eviction: Callable[[], Eviction] = LRU,
         files: Files | None = None,
         threads: int = THREADS,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        staging = min(experts, STAGING) if staging is None else staging
-        self.experts, self.source = experts, source
-        self.whole = [n >= experts for n in slots]
-        streamed = not all(self.whole)
-        ranges = allocate(source.shapes, [*slots, *([staging] if streamed else [])])
-        self.ranges = ranges[: len(slots)]
-        self.staging = ranges[-1] if streamed else None
-        self.tables = [Residency(n, eviction()) for n in slots]
+        self._staging_slots = min(experts, STAGING) if staging is None else staging
+        self.experts, self.source, self._eviction, self.timeout_s = experts, source, eviction, timeout_s
+        self.users: weakref.WeakSet[User] = weakref.WeakSet()
+        self._allocate(slots)
         self.statistics = Statistics([LayerCounts() for _ in slots])
-        self._hashed: dict[int, np.ndarray] = {}
+        self._routes: dict[int, np.ndarray] = {}
         self._known: dict[int, np.ndarray] = {}
         self._staged: dict[int, Loads] = {}
         self._ahead: dict[int, Loads] = {}
         self._reading: dict[int | None, list[mx.array]] = {}
-        self._running: set[Future[float]] = set()
+        self._running: dict[Future[float], str] = {}
         self._broken = False
         self._files = files or Files("pread")
-        self._pool = ThreadPoolExecutor(threads, "experts")
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "experts")
         weakref.finalize(self, self._files.close)
+
+    def _allocate(self, slots: Sequence[int]) -> None:
+        self.whole = [n >= self.experts for n in slots]
+        streamed = not all(self.whole)
+        ranges = allocate(self.source.shapes, [*slots, *([self._staging_slots] if streamed else [])])
+        self.ranges = ranges[: len(slots)]
+        self.staging = ranges[-1] if streamed else None
+        self.tables = [Residency(n, self._eviction()) for n in slots]
+
+    def shrink(self, nbytes: int, least: int) -> int:
+        """Give up slots, between passes. What they held is forgotten, and read again when it is needed.
+
+        Args:
+            nbytes: to give up, at least; a tenth of the pool if that is more.
+            least: slots that each layer keeps.
+
+        Returns:
+            Bytes given up: fewer, or none, if every layer is at its least or all are held whole.
+        """
+        record, held = record_bytes(self.source.shapes), [table.slots for table in self.tables]
+        if self.staging is None:
+            return 0
+        less = max(-(-nbytes // record), int(_SHRINK_SHARE * sum(held)))
+        slots = share(max(sum(held) - less, 0), len(held), least, self.experts - 1)
+        if sum(slots) >= sum(held):
+            return 0
+        self.abandon()
+        self.settle()
+        for layer in list(self._reading):
+            self.await_readers(layer)
+        for user in self.users:
+            user.release()
+        del self.ranges, self.staging, self.tables  # before new ones are made: there may be no room for both
+        mx.clear_cache()
+        self._allocate(slots)
+        for user in self.users:
+            user.bind()
+        return (sum(held) - sum(slots)) * record
 
     @property
     def whole_bytes(self) -> int:
@@ -108,7 +161,7 @@ class ExpertStore:
 
     def route_by_token(self, tables: dict[int, np.ndarray]) -> None:
         """Say which layers choose experts by token id: their tables [V, A]."""
-        self._hashed = {layer: table for layer, table in tables.items() if not self.whole[layer]}
+        self._routes = tables
 
     @contextmanager
     def step(self, ids: mx.array) -> Iterator[None]:
@@ -116,9 +169,10 @@ class ExpertStore:
         try:
             self.settle()
             self.statistics.tokens += ids.size
-            if self._hashed:
+            streamed = {layer: table for layer, table in self._routes.items() if not self.whole[layer]}
+            if streamed:
                 tokens = np.array(ids).reshape(-1)  # waits, if they are the result of a pass under way
-                for layer, table in self._hashed.items():
+                for layer, table in streamed.items():
                     self._known[layer] = chosen = table[tokens]
                     distinct = np.unique(chosen).tolist()
                     if chosen.size < SORT_FROM and len(distinct) <= self.tables[layer].slots:
@@ -181,6 +235,7 @@ class ExpertStore:
             held = table.resident.get(expert)
             if held is None:
                 jobs.append((self._read, (layer, expert, target)))
+                self.statistics.records += 1
             else:
                 jobs.append((_copy, (self.ranges[layer].record(held), target)))
         return self._begin(layer, [], jobs)
@@ -207,8 +262,7 @@ class ExpertStore:
             ExpertReadError, CheckpointError: the first thing that went wrong.
         """
         begun = time.perf_counter()
-        ended = [done_s for future in loads.futures if (done_s := future.result())]
-        self._running.difference_update(loads.futures)
+        ended = [done_s for future in loads.futures if (done_s := self._result(future))]
         for expert in loads.experts:
             self.tables[loads.layer].loaded(expert)
         if ended:
@@ -243,10 +297,16 @@ class ExpertStore:
         self._files.close()
 
     def settle(self) -> None:
-        """After `abandon`: wait for reads that could not be stopped, then free their slots."""
+        """After `abandon`: wait for reads that could not be stopped, then free their slots.
+
+        Raises:
+            ExpertReadError: one of them does not end.
+        """
         if not self._broken:
             return
-        wait(self._running)
+        _, late = wait(self._running, self.timeout_s)
+        if late:
+            raise self._lost(next(iter(late)))
         self._running.clear()
         for table in self.tables:
             for expert in list(table.loading):
@@ -261,7 +321,14 @@ class ExpertStore:
         claimed = table.claim(missing, keep)
         assert not in_order or all(e == slot for e, slot in claimed.items())
         self.statistics.layers[layer].evictions = table.evictions
-        jobs = [(self._read, (layer, e, own.record(slot))) for e, slot in claimed.items()]
+        # Threads that would have no record to read take a piece of one.
+        pieces = self.source.pieces if len(missing) < 2 * self._threads else ("",)
+        jobs = [
+            (self._read, (layer, e, record, piece))
+            for e, record in ((e, own.record(slot)) for e, slot in claimed.items())
+            for piece in pieces
+        ]
+        self.statistics.records += len(missing)
         return self._begin(layer, missing, jobs)
 
     def _begin(
@@ -270,13 +337,27 @@ class ExpertStore:
         loads = Loads(layer, experts, [], time.perf_counter())
         for job, arguments in jobs:
             future = self._pool.submit(job, *arguments)
-            self._running.add(future)
+            self._running[future] = f"layers.{layer}, expert {arguments[1]}" if job == self._read else f"layers.{layer}"
             loads.futures.append(future)
         return loads
 
-    def _read(self, layer: int, expert: int, into: Record) -> float:
+    def _result(self, future: Future[float]) -> float:
+        try:
+            done_s = future.result(self.timeout_s)
+        except NotYet:
+            raise self._lost(future) from None
+        del self._running[future]
+        return done_s
+
+    def _lost(self, future: Future[float]) -> ExpertReadError:
+        return ExpertReadError(
+            f"{self._running[future]}: {self.source.path}: expected a record within {self.timeout_s:g} s, found none\n"
+            "hint: check the disk and its connection; requests work again when it answers"
+        )
+
+    def _read(self, layer: int, expert: int, into: Record, piece: str = "") -> float:
         """By a thread of the pool; the time when it was done."""
-        nbytes = self.source.read(layer, expert, into, self._files)
+        nbytes = self.source.read(layer, expert, into, self._files, piece)
         self.statistics.add_read(nbytes)
         return time.perf_counter()
 

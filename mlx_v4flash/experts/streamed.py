@@ -29,12 +29,22 @@ class StreamedExperts:
         self._limit, self._round_input = config.swiglu_limit, numerics.round_input
         # Experts [T, A] that the next layer will choose, from this layer's input [T, D]; None to load nothing ahead.
         self.guess: Callable[[mx.array], mx.array] | None = None
-        self._own = self._products(store.ranges[layer])
+        self.bind()
+        store.users.add(self)
+
+    def bind(self) -> None:
+        """Take the store's arrays."""
+        store = self._store
+        self._own = self._products(store.ranges[self._layer])
         if store.staging is not None:
             half = store.staging.slots // 2 or 1
             self._staging = self._products(store.staging)
             self._halves = [self._products(store.staging.part(n * half, (n + 1) * half)) for n in range(2)]
             self._half = half
+
+    def release(self) -> None:
+        """Let go of them."""
+        del self._own, self._staging, self._halves
 
     def __call__(self, x: mx.array, ids: mx.array, weights: mx.array, shared: SharedExpert) -> mx.array:
         """As `ResidentExperts`; waits for ids and for what is not in memory."""

@@ -71,10 +71,10 @@ LONG = Mix(
 )  # fmt: skip
 
 PHASES = (
-    Phase(1800, SHORT, 16, sparse=False, rounding=False),
-    Phase(2300, SHORT, 16, sparse=True, rounding=False),
-    Phase(2900, LONG, 4, sparse=True, rounding=False, end_rate=0.5),
-    Phase(3400, LONG, 4, sparse=True, rounding=True, end_rate=0.0),
+    Phase(2000, SHORT, 16, sparse=False, rounding=False),
+    Phase(2600, SHORT, 16, sparse=True, rounding=False),
+    Phase(3400, LONG, 4, sparse=True, rounding=False, end_rate=0.5),
+    Phase(4000, LONG, 4, sparse=True, rounding=True, end_rate=0.0),
 )
 
 WARMUP = 60
