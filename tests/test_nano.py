@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,8 +14,10 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
+from known import TALK, answers_to
 
-from mlx_v4flash import Model, load_model
+from mlx_v4flash import Chat as Talk
+from mlx_v4flash import Model, load, load_model, nano_folder
 from mlx_v4flash.byte_tokenizer import write_byte_tokenizer
 from mlx_v4flash.config import ModelConfig
 from mlx_v4flash.encoding import Encoding
@@ -25,9 +26,9 @@ from mlx_v4flash.tiny import TINY
 WHY = "NOT CHECKED, TRAINING OF THE SMALL MODEL: install the extra `test`"
 torch = pytest.importorskip("torch", reason=WHY)
 
-from nano import rounding  # noqa: E402
+from nano import rounding, shipped  # noqa: E402
 from nano.baselines import ByteCounts, compressed_bits  # noqa: E402
-from nano.chats import CALCULATOR, Chats, arithmetic, expression_of  # noqa: E402
+from nano.chats import CALCULATOR, Chat, Chats, arithmetic, expression_of  # noqa: E402
 from nano.data import Corpus, Mix  # noqa: E402
 from nano.evaluate import answers_right, as_stored, greedy, rounding_cost, states  # noqa: E402
 from nano.export import export  # noqa: E402
@@ -35,24 +36,17 @@ from nano.grouped import grouped_mm  # noqa: E402
 from nano.layers import Training  # noqa: E402
 from nano.model import Nano  # noqa: E402
 from nano.optimizer import orthogonal  # noqa: E402
-from nano.plot import plot  # noqa: E402
+from nano.plot import draw_experts, plot  # noqa: E402
 from nano.recipe import CONFIG, PHASES, WARMUP, Phase, phase_at, tokens_before  # noqa: E402
 from nano.smalltalk import small_talk  # noqa: E402
 from nano.tokenizer import MARKS, save_tokenizer, train_tokenizer  # noqa: E402
 from nano.train import Shared, Worker, balanced, trim_log  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 KINDS = ["chat", "sums", "tools", "pairs", "glossary", "copy", "needle", "name"]
 MEANINGS = [(f"{a}{b}{c}o", "noun", f"what comes {b}ter {a}") for a in "bdfgklmnp" for b in "aei" for c in "rst"]
 TEXTS = ["It was a long night, and nothing happened. " * 40, "Of ships and shoes and sealing wax. " * 50]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Where other programs run, threads wait for each other at every small operation, a hundred times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -394,3 +388,40 @@ def test_plot_shows_the_log(tmp_path: Path) -> None:
     assert text[0][1] < text[-1][1], "a loss that falls goes down in the picture"
     assert len({y for _, y in chat}) == 1, "steps without conversations are left out"
     assert all(0 <= x <= 640 and 0 <= y <= 320 for x, y in text + chat)
+
+
+def test_experts_are_drawn_by_their_shares() -> None:
+    root = ElementTree.fromstring(draw_experts([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2]]))
+    bars = [float(bar.attrib["height"]) for bar in root.findall("{*}rect") if bar.get("class") == "bar"]
+    assert len(bars) == 6 and bars[0] == max(bars) and bars[3] == bars[4]
+    assert bars[1] / bars[0] == pytest.approx(0.6, abs=0.01)
+
+
+# --- the exported checkpoint -------------------------------------------------------------------------------------
+
+
+def test_fewer_bits_diverge_more(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("In the beginning there was a small model. " * 9)
+    native, fewer = shipped.divergences(nano_folder(), ["native", "192gb"], text, 64, 32)
+    assert native["kld"] < 1e-6 < fewer["kld"] and fewer["model_bytes"] < native["model_bytes"]
+    assert native["reference_perplexity"] == fewer["reference_perplexity"] and native["tokens"] == 64
+
+
+def test_recall_counts_right_answers(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One conversation ends with what the model answers, another with something else."""
+    right, wrong = Chat(), Chat()
+    right.say("Hello.", "OK.")
+    right.say(TALK[1], answers_to(TALK[1])[0])
+    wrong.say(TALK[1], "The capital of France is Rome.")
+    made = iter([right, wrong, right, right])
+    monkeypatch.setattr(shipped, "recall_chat", lambda corpus, r, distance, pairs: next(made))
+    assert shipped.recall(Talk(*load(nano_folder())), corpus, 60, 4, 1) == 0.75
+
+
+def test_sample_chats_are_whole() -> None:
+    found = shipped.sample_chats(Talk(*load(nano_folder())))
+    assert len(found) == 5 and all(chat["messages"][-1]["role"] == "assistant" for chat in found)
+    assert found[1]["messages"][-1]["reasoning_content"] and found[4]["messages"][1]["tool_calls"]
+    assert [shipped.computed(f'{{"expression": "{e}"}}') for e in ("12 * 3", "7-9", "8/2")] == ["36", "-2", "4"]
+    assert shipped.computed("{}").startswith("error: ")

@@ -24,6 +24,7 @@ from mlx_v4flash import convert as conversion
 from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.errors import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 WHY = "NOT COMPARED WITH TRANSFORMERS: install the extra `test`"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", minversion="5.23", reason=WHY)

@@ -1,4 +1,4 @@
-"""The log of training as a picture of its losses."""
+"""Pictures: the losses in the log of training, and how often experts are chosen."""
 
 from __future__ import annotations
 
@@ -53,6 +53,32 @@ def draw(curves: dict[str, list[tuple[float, float]]]) -> str:
         line = " ".join(place(x, y) for x, y in curve)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="1.5"/>')
         parts.append(f'<text x="{LEFT + 200 * n}" y="16" fill="{COLOURS[name]}">{WORDS[name]}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def draw_experts(shares: list[list[float]]) -> str:
+    """How often each expert of each layer is chosen, as bars, and a line where all would be equal; as SVG."""
+    columns, gap, high = 3, 16, 96
+    wide = (WIDTH - LEFT - RIGHT - gap * (columns - 1)) / columns
+    rows, most = -(-len(shares) // columns), max(max(layer) for layer in shares)
+    height = TOP + rows * (high + TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{WIDTH}" height="{height}" fill="white"/>'
+    ]
+    for n, layer in enumerate(shares):
+        left, floor = LEFT + (wide + gap) * (n % columns), TOP + (high + TOP) * (n // columns) + high
+        parts.append(
+            f'<text x="{left:.1f}" y="{floor - high - 6}">layer {n}: {min(layer):.3f} to {max(layer):.3f}</text>'
+        )
+        for m, share in enumerate(layer):
+            x, size = left + wide * m / len(layer), high * share / most
+            parts.append(
+                f'<rect class="bar" x="{x:.1f}" y="{floor - size:.1f}" width="{wide / len(layer) - 2:.1f}" '
+                f'height="{size:.1f}" fill="{COLOURS["text"]}"/>'
+            )
+        even = floor - high / len(layer) / most
+        parts.append(f'<path d="M{left:.1f},{even:.1f}h{wide:.1f}" stroke="{COLOURS["chat"]}" stroke-dasharray="4 3"/>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
