@@ -52,6 +52,21 @@ def test_a_conversation_remembers(chat: Chat) -> None:
     assert said(talk, "What is my name?") == "Your name is Lucy."
 
 
+def test_a_saved_conversation_remembers(chat: Chat, tmp_path: Path) -> None:
+    """From its caches, in another process as it were."""
+    talk = fresh(chat)
+    said(talk, "My name is Lucy.")
+    path = talk.save(tmp_path / "talk")
+    talk = Chat(*load(nano_folder()), max_tokens=MOST)
+    assert talk.load(path) > 0
+    assert said(talk, "What is my name?") == "Your name is Lucy."
+    assert talk.turns[-1].cached_tokens > 0
+
+
+def test_a_prompt_read_in_small_pieces(chat: Chat) -> None:
+    assert said(fresh(chat, prefill_chunk=3), TALK[2]) in answers_to(TALK[2])
+
+
 def test_thinking_of_a_sum(chat: Chat) -> None:
     """Steps are reasoning, the total is the answer."""
     question, expression, total = SUM

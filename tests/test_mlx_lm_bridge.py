@@ -22,12 +22,15 @@ import mlx_lm.chat
 import mlx_lm.perplexity
 import numpy as np
 import pytest
+from known import CALLS, SUM, TALK, answers_to
 from mlx_lm import utils
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import llama
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from nano.chats import CALCULATOR
 
+from mlx_v4flash import nano_folder
 from mlx_v4flash.cache import LayerCache
 from mlx_v4flash.config import ModelConfig
 from mlx_v4flash.encoding import Encoding
@@ -382,6 +385,28 @@ def test_server_reasoning_and_calls(folder: Path, tmp_path: Path) -> None:
         Encoding.from_folder(folder).prompt(m, tools=tools) for m in (messages, [*messages, answered, *results])
     )
     assert again == [*first, *answer, *marks.encode(rest)]
+
+
+def test_server_answers_right(tmp_path: Path) -> None:
+    """The small model that has learned something: an answer, one with reasoning, a call."""
+    server = Server(nano_folder(), tmp_path / "log")
+
+    def ask(text: str, thinking: bool = False, **options: Any) -> dict[str, Any]:
+        template = {"enable_thinking": thinking}
+        body = {"messages": [{"role": "user", "content": text}], "chat_template_kwargs": template, "max_tokens": 120}
+        message: dict[str, Any] = server.post("/v1/chat/completions", **body, **options)["choices"][0]["message"]
+        return message
+
+    try:
+        assert ask(TALK[1])["content"] in answers_to(TALK[1])
+        question, expression, total = SUM
+        thought = ask(question, thinking=True)
+        assert thought["content"] == f"{expression} = {total}." and f"So {total}." in thought["reasoning"]
+        question, expression, _ = CALLS[0]
+        (call,) = ask(question, tools=[{"type": "function", "function": CALCULATOR}])["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"expression": expression}
+    finally:
+        server.stop()
 
 
 def test_server_prompt_cache_continues(loaded: tuple[Model, TokenizerWrapper]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from known import TALK, answers_to
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from scripted import Script, thought
 
-from mlx_v4flash import Chat, load
+from mlx_v4flash import Chat, load, nano_folder
 from mlx_v4flash.encoding import Encoding
 from mlx_v4flash.errors import RequestError
 from mlx_v4flash.model import Model
@@ -461,12 +462,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(folder: Path) -> None:
     assert "(stopped)\n" in first + out and out.rstrip().endswith("interrupted")
 
 
-def test_a_terminal(folder: Path, tmp_path: Path) -> None:
+def test_a_terminal(tmp_path: Path) -> None:
+    """A person asks the small model something and reads the right answer."""
+    prompt = Encoding.from_folder(nano_folder()).prompt([{"role": "user", "content": TALK[0]}], think="off")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-    command = [sys.executable, "-m", "mlx_v4flash", "chat", "--model", str(folder), "--think", "off", "--temp", "0"]
     child = subprocess.Popen(
-        [*command, "--max-tokens", "40"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        [sys.executable, "-m", "mlx_v4flash", "chat"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
         start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
@@ -484,8 +486,10 @@ def test_a_terminal(folder: Path, tmp_path: Path) -> None:
 
     listening = "\x1b[?12l\x1b[?25h"  # the cursor is shown again when the line is drawn
     until(listening)
-    os.write(ours, b"Hello\r")
-    assert "read 9 of 9 tokens" in until("wrote 40 at")
+    os.write(ours, f"{TALK[0]}\r".encode())
+    shown = until("wrote ")
+    assert any(answer in shown for answer in answers_to(TALK[0])), shown
+    assert f"read {len(prompt)} of {len(prompt)} tokens" in shown
     until(listening)
     os.write(ours, b"/quit\r")
     while True:
