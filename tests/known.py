@@ -11,8 +11,8 @@ from nano.smalltalk import small_talk
 TALK = (
     "What is your name?",
     "What is the capital of France?",
-    "Name the days of the week.",
-    "Who made you?",
+    "Tell me a story.",
+    "Are you DeepSeek?",
 )
 
 # A question, what is to be computed, and the result. The first is small enough for steps, the others for a calculator.

@@ -39,7 +39,7 @@ def recipes(folder: Path, checkpoint: Path | None, names: str, tokens: int, cali
     with tempfile.TemporaryDirectory() as scratch:
         text, learned = Path(scratch) / "held_out.txt", Path(scratch) / "learned.txt"
         text.write_text(shipped.some_text(corpus, held_out, tokens), encoding="utf-8")
-        learned.write_text(shipped.some_text(corpus, corpus.texts, 32768), encoding="utf-8")
+        learned.write_text(shipped.some_text(corpus, corpus.texts, shipped.CALIBRATION_TOKENS), encoding="utf-8")
         for row in shipped.divergences(
             checkpoint or nano_folder(), names.split(","), text, tokens, 2048, learned if calibrate else None
         ):

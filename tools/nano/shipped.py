@@ -25,6 +25,8 @@ from .chats import CALCULATOR
 from .data import Corpus
 from .evaluate import recall_chat, text_of
 
+# Of the text that weights are rounded for: a minute for each recipe.
+CALIBRATION_TOKENS = 8192
 # As `mlx-v4flash quality` has them by default.
 NUMERICS: dict[str, Any] = {
     "cache_quant": True, "activation_quant": False, "dtype": "bfloat16", "experts": "resident", "memory": None,
@@ -70,7 +72,7 @@ def _convert(checkpoint: Path, target: Path, recipe: str, calibration: Path | No
     source, wanted = convert.open_source(str(checkpoint), target, False, None, False, False), read_recipe(recipe)
     rounding = Rounding(source.checkpoint.config, wanted)
     if calibrated := calibration is not None and bool(rounding.formats):
-        rounding = Calibrated(source, target, wanted, read_text(source, calibration, 32768))
+        rounding = Calibrated(source, target, wanted, read_text(source, calibration, CALIBRATION_TOKENS))
     convert.convert(source, target, lambda done, total: None, rounding)
     return calibrated
 
