@@ -15,9 +15,9 @@ TALK = (
     "Are you DeepSeek?",
 )
 
-# A question, what is to be computed, and the result. The first is small enough for steps, the others for a calculator.
+# A question, what is to be computed, and the result: one to be done in steps, one for the calculator.
 SUM = ("What is 23 + 45?", "23 + 45", 68)
-CALLS = (("What is 345 - 67?", "345 - 67", 278), ("What is 12 + 7?", "12 + 7", 19))
+CALL = ("What is 345 - 67?", "345 - 67", 278)
 
 
 def answers_to(question: str) -> list[str]:

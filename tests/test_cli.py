@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from known import CALLS, SUM, TALK, answers_to
+from known import CALL, SUM, TALK, answers_to
 from nano.chats import CALCULATOR
 
 import mlx_v4flash
@@ -117,7 +117,7 @@ def test_default_model_thinks_if_told_to() -> None:
 
 
 def test_default_model_calls_tools(tmp_path: Path) -> None:
-    file, (question, expression, _) = tmp_path / "tools.json", CALLS[0]
+    file, (question, expression, _) = tmp_path / "tools.json", CALL
     file.write_text(json.dumps([CALCULATOR]))
     call = json.loads(run("generate", question, "--tools", file).stdout)
     assert (call["name"], call["arguments"]) == ("calculator", {"expression": expression})

@@ -22,7 +22,7 @@ import mlx_lm.chat
 import mlx_lm.perplexity
 import numpy as np
 import pytest
-from known import CALLS, SUM, TALK, answers_to
+from known import CALL, SUM, TALK, answers_to
 from mlx_lm import utils
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models import llama
@@ -402,7 +402,7 @@ def test_server_answers_right(tmp_path: Path) -> None:
         question, expression, total = SUM
         thought = ask(question, thinking=True)
         assert thought["content"] == f"{expression} = {total}." and f"So {total}." in thought["reasoning"]
-        question, expression, _ = CALLS[0]
+        question, expression, _ = CALL
         (call,) = ask(question, tools=[{"type": "function", "function": CALCULATOR}])["tool_calls"]
         assert json.loads(call["function"]["arguments"]) == {"expression": expression}
     finally:

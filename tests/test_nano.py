@@ -419,9 +419,13 @@ def test_recall_counts_right_answers(corpus: Corpus, monkeypatch: pytest.MonkeyP
     assert shipped.recall(Talk(*load(nano_folder())), corpus, 60, 4, 1) == 0.75
 
 
+@pytest.mark.slow
 def test_sample_chats_are_whole() -> None:
     found = shipped.sample_chats(Talk(*load(nano_folder())))
     assert len(found) == 5 and all(chat["messages"][-1]["role"] == "assistant" for chat in found)
     assert found[1]["messages"][-1]["reasoning_content"] and found[4]["messages"][1]["tool_calls"]
+
+
+def test_the_calculator_computes() -> None:
     assert [shipped.computed(f'{{"expression": "{e}"}}') for e in ("12 * 3", "7-9", "8/2")] == ["36", "-2", "4"]
     assert shipped.computed("{}").startswith("error: ")
