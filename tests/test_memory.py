@@ -99,13 +99,14 @@ def test_a_pool_shrinks_and_nothing_changes(slots: list[int], folder: Path, resi
     model, rng = streamed(folder, slots), np.random.default_rng(3)
     store = model.store
     assert store is not None
-    record = record_bytes(store.source.shapes)
+    record = record_bytes(store.source.shapes[0])
     expect_same(model, resident, prompt(rng, 30))
     before = mx.get_active_memory()
     freed = store.shrink(2 * record - 1, A)
-    assert freed == 2 * record
+    given = max(2, -(-sum(slots) // 10))  # a tenth, if that is more
+    assert freed == given * record
     assert before - mx.get_active_memory() >= freed
-    assert sum(table.slots for table in store.tables) == sum(slots) - 2
+    assert sum(table.slots for table in store.tables) == sum(slots) - given
     assert not any(store.whole)
     for T in (1, 30):
         expect_same(model, resident, prompt(rng, T))
@@ -156,7 +157,7 @@ def test_growth_takes_slots_before_it_ends_the_request(
     memory.give_back()
     grown = mx.ones((10_000_000,), mx.uint8)  # another conversation, say
     mx.eval(grown)
-    model.plan = plan_of(mx.get_active_memory() - 5 * record_bytes(store.source.shapes))
+    model.plan = plan_of(mx.get_active_memory() - 5 * record_bytes(store.source.shapes[0]))
     found += [next(steps) for _ in range(3)]
     assert A * LAYERS <= sum(table.slots for table in store.tables) <= 11 * LAYERS - 5
     assert found + list(steps) == expected
