@@ -31,6 +31,8 @@ PASS_BYTES, PASS_UNITS = 64 << 20, 4
 BUFFER_BYTES = 1 << 30
 # Threads that read have an expert each, where reads need memory of their own.
 READER_RECORDS = 8
+# A model that takes no more than this part of what the machine can give is not planned unless somebody asks.
+SMALL = 4
 MAX_CONTEXT = 32768
 CHUNK = 2048
 
@@ -253,7 +255,8 @@ def plan_for_load(
     if experts not in CHOICES:
         raise RequestError(f"experts: expected {', '.join(CHOICES)}, found {experts!r}")
     asked = memory is not None or max_context is not None
-    if experts == "resident" and not asked:
+    small = checkpoint.nbytes <= usable_bytes() // SMALL
+    if not asked and (experts == "resident" or (experts == "auto" and small)):
         return None
     config = checkpoint.config
 

@@ -123,6 +123,15 @@ def test_a_conversation_ends_where_the_plan_does(folders):
         next(stream_tokens(model, [1], 1, prompt_cache=model.make_cache(), prefill_chunk=2049))
 
 
+def test_a_small_model_needs_no_plan(folders, monkeypatch):
+    nbytes = Checkpoint.open(folders["tiny"]).nbytes
+    monkeypatch.setattr("mlx_v4flash.plan.usable_bytes", lambda: 4 * nbytes)
+    assert load_model(folders["tiny"]).plan is None
+    monkeypatch.setattr("mlx_v4flash.plan.usable_bytes", lambda: 4 * nbytes - 1)
+    with pytest.raises(RequestError, match="memory: expected at least"):
+        load_model(folders["tiny"])
+
+
 def test_growth_past_the_plan_stops_the_request(folders):
     model = load_model(folders["tiny"], memory="4GB")
     steps = stream_tokens(model, [1] * 20, 100, prompt_cache=model.make_cache())
