@@ -18,6 +18,7 @@ from mlx_v4flash import load_model, memory
 from mlx_v4flash.engine import stream_tokens
 from mlx_v4flash.errors import ExpertReadError, RequestError
 from mlx_v4flash.experts.pool import record_bytes
+from mlx_v4flash.experts.streamed import StreamedExperts
 from mlx_v4flash.memory import parse_bytes
 from mlx_v4flash.model import Model
 from mlx_v4flash.plan import Plan
@@ -129,6 +130,30 @@ def test_a_pool_shrinks_between_steps(folder: Path, resident: Model) -> None:
     model.store.shrink(10**9, A)
     found += list(steps)
     assert found == list(stream_tokens(resident, ids, 12, prompt_cache=resident.make_cache()))
+
+
+def test_ctrl_c_while_a_pool_shrinks(folder: Path, resident: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rng = streamed(folder, [7] * LAYERS), np.random.default_rng(5)
+    store = model.store
+    assert store is not None
+    expect_same(model, resident, prompt(rng, 5))
+    evictions = sum(layer.evictions for layer in store.statistics.layers)
+    bind, left = StreamedExperts.bind, [1]
+
+    def interrupted(experts: StreamedExperts) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        bind(experts)
+
+    monkeypatch.setattr(StreamedExperts, "bind", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.shrink(1, A)
+    monkeypatch.undo()
+    for T in (1, 30):
+        expect_same(model, resident, prompt(rng, T))
+    assert sum(table.slots for table in store.tables) == 7 * LAYERS - 3
+    assert sum(layer.evictions for layer in store.statistics.layers) >= evictions
 
 
 def test_layers_that_are_all_whole_do_not_shrink(folder: Path) -> None:

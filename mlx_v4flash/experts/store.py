@@ -84,7 +84,9 @@ class ExpertStore:
         self.experts, self.source, self._eviction, self.timeout_s = experts, source, eviction, timeout_s
         self.records = [record_bytes(shapes) for shapes in source.shapes]
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
-        self._allocate(slots)
+        self._slots = list(slots)
+        self._allocate()
+        self._complete = True
         self.statistics = Statistics([LayerCounts() for _ in slots])
         self._routes: dict[int, np.ndarray] = {}
         self._known: dict[int, np.ndarray] = {}
@@ -97,7 +99,8 @@ class ExpertStore:
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, "experts")
         weakref.finalize(self, self._files.close)
 
-    def _allocate(self, slots: Sequence[int]) -> None:
+    def _allocate(self) -> None:
+        slots = self._slots
         self.whole = [n >= self.experts for n in slots]
         shapes, layouts = self.source.shapes, list[Shapes]()
         for layer, whole in enumerate(self.whole):
@@ -119,8 +122,7 @@ class ExpertStore:
         Returns:
             Bytes given up: fewer, or none, if every layer is at its least or all are held whole.
         """
-        held = [table.slots for table in self.tables]
-        before = self._bytes_of(held)
+        held, before = self._slots, self._bytes_of(self._slots)
         if all(self.whole):
             return 0
         left = before - max(nbytes, int(_SHRINK_SHARE * before))
@@ -131,14 +133,22 @@ class ExpertStore:
         self.settle()
         for layer in list(self._reading):
             self.await_readers(layer)
+        self._slots, self._complete = slots, False
         for user in self.users:
             user.release()
-        del self.ranges, self.staging, self.tables  # before new ones are made: there may be no room for both
+        self.ranges, self.staging = [], []  # before new ones are made: there may be no room for both
         mx.clear_cache()
-        self._allocate(slots)
+        self._complete_pool()
+        return before - self._bytes_of(slots)
+
+    def _complete_pool(self) -> None:
+        """Make what an interrupted `shrink` left unmade."""
+        if self._complete:
+            return
+        self._allocate()
         for user in self.users:
             user.bind()
-        return before - self._bytes_of(slots)
+        self._complete = True
 
     def _bytes_of(self, slots: Sequence[int]) -> int:
         return sum(n * record for n, record in zip(slots, self.records, strict=True))
@@ -178,6 +188,7 @@ class ExpertStore:
         """One forward pass of the tokens [B, T]: experts that follow from them begin to load at once."""
         try:
             self.settle()
+            self._complete_pool()
             self.statistics.tokens += ids.size
             streamed = {layer: table for layer, table in self._routes.items() if not self.whole[layer]}
             if streamed:
@@ -257,9 +268,8 @@ class ExpertStore:
             keep: resident experts that must stay.
         """
         self.await_readers(layer)
-        table, own, staging = self.tables[layer], self.ranges[layer], self._staging_of(layer)
-        claimed = table.claim(list(staged), keep)
-        self.statistics.layers[layer].evictions = table.evictions
+        own, staging = self.ranges[layer], self._staging_of(layer)
+        claimed = self._claim(layer, list(staged), keep)
         jobs = [(_copy, (staging.record(staged[e]), own.record(slot))) for e, slot in claimed.items()]
         return self._begin(layer, list(staged), jobs)
 
@@ -330,10 +340,9 @@ class ExpertStore:
         if not missing:
             return Loads(layer, [], [], 0.0)
         self.await_readers(layer)
-        table, own = self.tables[layer], self.ranges[layer]
-        claimed = table.claim(missing, keep)
+        own = self.ranges[layer]
+        claimed = self._claim(layer, missing, keep)
         assert not in_order or all(e == slot for e, slot in claimed.items())
-        self.statistics.layers[layer].evictions = table.evictions
         # Threads that would have no record to read take a piece of one.
         pieces = self.source.pieces if len(missing) < 2 * self._threads else ("",)
         jobs = [
@@ -343,6 +352,13 @@ class ExpertStore:
         ]
         self.statistics.records += len(missing)
         return self._begin(layer, missing, jobs)
+
+    def _claim(self, layer: int, experts: Sequence[int], keep: Sequence[int]) -> dict[int, int]:
+        table = self.tables[layer]
+        before = table.evictions
+        claimed = table.claim(experts, keep)
+        self.statistics.layers[layer].evictions += table.evictions - before
+        return claimed
 
     def _begin(
         self, layer: int, experts: list[int], jobs: Sequence[tuple[Callable[..., float], tuple[object, ...]]]
