@@ -108,7 +108,7 @@ class Plain(Tables):
     def __init__(self, opened: Converted, slots: int, reader: str = "pread") -> None:
         super().__init__(opened, slots)
         self.file = READERS[reader](opened.folder / PACK)
-        self.memory = np.ones(record_bytes(open_source(opened).shapes), np.uint8)
+        self.memory = np.ones(record_bytes(open_source(opened).shapes[0]), np.uint8)
 
     def __call__(self, passes: Passes) -> int:
         done = 0
@@ -142,7 +142,7 @@ def drop(path: Path) -> None:
 
 def compare(opened: Converted, trace: Trace, slots: int) -> dict[str, Any]:
     """Bytes/s of each way in each slice."""
-    path, record = opened.folder / PACK, record_bytes(open_source(opened).shapes)
+    path, record = opened.folder / PACK, record_bytes(open_source(opened).shapes[0])
     best = max(measure(path, record, seconds=1.0), key=lambda choice: choice.bytes_per_s or 0.0)
     choice = best.reader, best.threads
     ways: dict[str, Way] = {
@@ -214,7 +214,7 @@ def main() -> None:
         row = {"share": share, "slots": slots} | compare(opened, trace, slots)
         rows.append(row | {"bookkeeping_43_layers_s": bookkeeping(long, slots, 43)})
         print(json.dumps(rows[-1]), flush=True)
-    record = record_bytes(open_source(opened).shapes)
+    record = record_bytes(open_source(opened).shapes[0])
     result = {"record_bytes": record, "layers": c.num_hidden_layers, "tokens": args.tokens, "rows": rows}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from .config import ModelConfig
 from .converted import Converted, expect_finished, is_converted
 from .errors import CheckpointError, RequestError
 from .experts.attach import Division, attach, begin, follow, open_source, policy
-from .experts.pool import record_bytes
 from .hub import resolve
 from .linear import ACTIVATION_BLOCK, Numerics
 from .model import Model
@@ -75,23 +75,18 @@ def load_model(
     checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
     numerics = Numerics(DTYPES[dtype], simulate_cache_quant, quantize_activations)
     _check_roundings(checkpoint, numerics)
-    plan = plan_for_load(checkpoint, lambda: _record(checkpoint), experts, memory, max_context, numerics.packed_caches)
+    source = cache(lambda: open_source(checkpoint, verify_reads))
+    plan = plan_for_load(checkpoint, lambda: source().shapes, experts, memory, max_context, numerics.packed_caches)
     doctor.approve(lambda text: print(text, file=sys.stderr))
     model = Model(checkpoint.config, numerics)
     _follow_plan(model, plan)
     if plan is not None and (plan.streamed or experts == "stream"):
-        source, division = open_source(checkpoint, verify_reads), Division(plan.slots, plan.staging)
-        attach(model, source, division, prefetch, eviction=policy(eviction))
+        attach(model, source(), Division(plan.slots, plan.staging), prefetch, eviction=policy(eviction))
     _fill(model, checkpoint, progress or (lambda done, total: None))
     if trace is not None:
         follow(model, Path(trace))
     model.eval()
     return model
-
-
-def _record(checkpoint: Checkpoint | Converted) -> int:
-    """Bytes of an expert in a slot."""
-    return record_bytes(open_source(checkpoint).shapes)
 
 
 def _follow_plan(model: Model, plan: Plan | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .config import ModelConfig
 from .converted import Converted
 from .errors import RequestError
 from .experts.attach import CHOICES
-from .experts.pool import share
+from .experts.pool import Shapes, record_bytes, share
 from .experts.store import STAGING
 from .inventory import official_tensors
 from .memory import parse_bytes, usable_bytes
@@ -31,6 +31,8 @@ PASS_BYTES, PASS_UNITS = 64 << 20, 4
 BUFFER_BYTES = 1 << 30
 # Threads that read have an expert each, where reads need memory of their own.
 READER_RECORDS = 8
+# A model that takes no more than this part of what the machine can give is not planned unless somebody asks.
+SMALL = 4
 MAX_CONTEXT = 32768
 CHUNK = 2048
 
@@ -41,12 +43,14 @@ class Sizes:
 
     Attributes:
         dense: outside the routed experts; embedding: the part of it of which a token reads one row.
-        record: one expert of one layer.
+        records: one expert of each layer.
+        staging: one of each kind of layers that differ in their formats, together.
     """
 
     dense: int
     embedding: int
-    record: int
+    records: tuple[int, ...]
+    staging: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Plan:
     Attributes:
         parts: name -> bytes, for everything the process holds.
         slots: experts of each layer in memory; as many as there are hold the layer whole.
-        staging: slots that all layers share; 0 if all are whole.
+        record: bytes of the largest expert.
+        staging: slots that layers share; 0 if all are whole.
         smallest: least budget that works for this context and chunk.
     """
 
@@ -101,17 +106,21 @@ class Plan:
         return asdict(self) | {"total": self.total, "fits": self.fits}
 
 
-def sizes_of(config: ModelConfig, checkpoint: Checkpoint | Converted | None = None, record: int | None = None) -> Sizes:
-    """Of a checkpoint's files, or without one as DeepSeek's files have them."""
+def sizes_of(
+    config: ModelConfig, checkpoint: Checkpoint | Converted | None = None, shapes: Sequence[Shapes] | None = None
+) -> Sizes:
+    """Of a checkpoint's files, or without one as DeepSeek's files have them.
+
+    Args:
+        shapes: of the experts of each layer in slots; computed from all bytes of experts, as if alike, if absent.
+    """
     c = config
-    if record is None and checkpoint is not None:  # scales of FP8 grow when they are expanded
-        routed = checkpoint.nbytes - checkpoint.dense_bytes
-        grown = routed // 32 if c.expert_dtype == "fp8" and isinstance(checkpoint, Checkpoint) else 0
-        record = -(-(routed + grown) // (c.num_hidden_layers * c.n_routed_experts))
-    if record is None:
-        weights, scales = {"fp4": (2, 32), "fp8": (1, 32)}.get(c.expert_dtype or "", (0, 0))
-        numbers = 3 * c.hidden_size * c.moe_intermediate_size
-        record = numbers // weights + numbers // scales if weights else 2 * numbers
+    if shapes is not None:
+        records = tuple(map(record_bytes, shapes))
+        staging = sum(record_bytes(s) for n, s in enumerate(shapes) if s not in shapes[:n])
+    else:
+        records = (_record(c, checkpoint),) * c.num_hidden_layers
+        staging = records[0]
     stored: Mapping[str, tuple[str, int]]
     if isinstance(checkpoint, Converted):
         dense = {name: ("", tensor.nbytes) for name, tensor in checkpoint.dense.items()}
@@ -124,7 +133,18 @@ def sizes_of(config: ModelConfig, checkpoint: Checkpoint | Converted | None = No
             kind = stored_dtype(name, spec, base=False)
             stored[name] = kind, math.prod(spec.shape) * DTYPES[kind].itemsize
     found = {name: _held(name, *tensor) for name, tensor in stored.items() if ".experts." not in name}
-    return Sizes(sum(found.values()), sum(n for name, n in found.items() if "embed" in name), record)
+    return Sizes(sum(found.values()), sum(n for name, n in found.items() if "embed" in name), records, staging)
+
+
+def _record(c: ModelConfig, checkpoint: Checkpoint | Converted | None) -> int:
+    """Bytes of an expert, on average."""
+    if checkpoint is not None:  # scales of FP8 grow when they are expanded
+        routed = checkpoint.nbytes - checkpoint.dense_bytes
+        grown = routed // 32 if c.expert_dtype == "fp8" and isinstance(checkpoint, Checkpoint) else 0
+        return -(-(routed + grown) // (c.num_hidden_layers * c.n_routed_experts))
+    weights, scales = {"fp4": (2, 32), "fp8": (1, 32)}.get(c.expert_dtype or "", (0, 0))
+    numbers = 3 * c.hidden_size * c.moe_intermediate_size
+    return numbers // weights + numbers // scales if weights else 2 * numbers
 
 
 def _held(name: str, kind: str, nbytes: int) -> int:
@@ -202,21 +222,22 @@ def make_plan(
         "free buffers": min(BUFFER_BYTES, working),
         "process": PROCESS_BYTES,
     }
-    fixed, record = sum(parts.values()), sizes.record
-    streaming = {"staging": min(E, STAGING) * record, "readers": READER_RECORDS * record}
-    smallest = fixed + (L * E * record if whole else min(L * E * record, L * A * record + sum(streaming.values())))
+    fixed, records = sum(parts.values()), sizes.records
+    streaming = {"staging": min(E, STAGING) * sizes.staging, "readers": READER_RECORDS * max(records)}
+    every = E * sum(records)
+    smallest = fixed + (every if whole else min(every, A * sum(records) + sum(streaming.values())))
     slots, staging = [E] * L, 0
-    if not whole and fixed + L * E * record > budget:
+    if not whole and fixed + every > budget:
         parts |= streaming
         staging = min(E, STAGING)
-        slots = share((budget - sum(parts.values())) // record, L, A, E)
-    parts["expert slots"] = sum(slots) * record
-    return Plan(budget, context, chunk, E, record, parts, slots, staging, smallest)
+        slots = share(max(budget - sum(parts.values()), 0), records, A, E)
+    parts["expert slots"] = sum(n * record for n, record in zip(slots, records, strict=True))
+    return Plan(budget, context, chunk, E, max(records), parts, slots, staging, smallest)
 
 
 def plan_for_load(
     checkpoint: Checkpoint | Converted,
-    record: Callable[[], int],
+    shapes: Callable[[], Sequence[Shapes]],
     experts: str,
     memory: str | int | None,
     max_context: int | None,
@@ -225,7 +246,7 @@ def plan_for_load(
     """The plan that a model is loaded and run under; None if nobody asked for one and everything fits.
 
     Args:
-        record: bytes of an expert in a slot; called only if experts are streamed.
+        shapes: of the experts of each layer in slots; called only if experts are streamed.
         experts: one of CHOICES.
 
     Raises:
@@ -234,19 +255,20 @@ def plan_for_load(
     if experts not in CHOICES:
         raise RequestError(f"experts: expected {', '.join(CHOICES)}, found {experts!r}")
     asked = memory is not None or max_context is not None
-    if experts == "resident" and not asked:
+    small = checkpoint.nbytes <= usable_bytes() // SMALL
+    if not asked and (experts == "resident" or (experts == "auto" and small)):
         return None
     config = checkpoint.config
 
-    def make(nbytes: int | None) -> Plan:
-        sizes = sizes_of(config, checkpoint, nbytes)
+    def make(shapes: Sequence[Shapes] | None) -> Plan:
+        sizes = sizes_of(config, checkpoint, shapes)
         return make_plan(
             config, sizes, memory=memory, max_context=max_context, packed=packed, whole=experts == "resident"
         )
 
     plan = make(None)
     if plan.streamed or experts == "stream":
-        plan = make(record())
+        plan = make(shapes())
     elif not asked:
         return None
     plan.expect_fits()

@@ -50,9 +50,9 @@ class Machine:
         rate = sum(rates) / len(rates)
         if self.disk is None or self.bandwidth is None:
             return Estimate(rate, None)
-        uses = self._config.num_experts_per_tok * self._sizes.record
-        missed = sum(uses * (1 - rate) for rate in rates)
-        read = self._sizes.dense - self._sizes.embedding + uses * len(rates)
+        uses = [self._config.num_experts_per_tok * record for record in self._sizes.records]
+        missed = sum(n * (1 - rate) for n, rate in zip(uses, rates, strict=True))
+        read = self._sizes.dense - self._sizes.embedding + sum(uses)
         return Estimate(rate, 1 / (missed / self.disk + read / self.bandwidth))
 
     def _rate(self, slots: int) -> float:

@@ -68,8 +68,8 @@ def _sizes(model: str | None, revision: str | None, measure_disk: bool) -> tuple
         return config, sizes_of(config), None
     checkpoint = Converted.open(folder) if is_converted(folder) else Checkpoint.open(folder)
     source = open_source(checkpoint)
-    record = record_bytes(source.shapes)
+    record = max(map(record_bytes, source.shapes))
     speed = None
     if measure_disk and source.path.stat().st_size >= record:
         speed = max(choice.bytes_per_s or 0.0 for choice in measure(source.path, record))
-    return checkpoint.config, sizes_of(checkpoint.config, checkpoint, record), speed
+    return checkpoint.config, sizes_of(checkpoint.config, checkpoint, source.shapes), speed

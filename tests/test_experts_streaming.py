@@ -400,8 +400,8 @@ def test_a_scale_that_is_no_number(folders: dict[str, Path], tmp_path: Path) -> 
 def test_memory_is_divided(folders: dict[str, Path]) -> None:
     opened = Checkpoint.open(folders["fp4"])
     source = open_source(opened)
-    record = record_bytes(source.shapes)
-    sizes = sizes_of(opened.config, opened, record)
+    record = record_bytes(source.shapes[0])
+    sizes = sizes_of(opened.config, opened, source.shapes)
     plan = make_plan(opened.config, sizes)
     assert (plan.slots, plan.staging, plan.fits) == ([E] * LAYERS, 0, True)
     least = make_plan(opened.config, sizes, memory=plan.smallest)
@@ -421,8 +421,11 @@ def test_load_model_chooses(folders: dict[str, Path], resident: dict[str, Model]
     assert all(whole.store.whole)
     expect_same(whole, resident["fp4"], mx.array([[3, 4]]))
     opened = Checkpoint.open(folders["fp4"])
-    record = record_bytes(open_source(opened).shapes)
-    smallest = make_plan(opened.config, sizes_of(opened.config, opened, record)).smallest
+    shapes = open_source(opened).shapes
+    record, smallest = (
+        record_bytes(shapes[0]),
+        make_plan(opened.config, sizes_of(opened.config, opened, shapes)).smallest,
+    )
     few = load_model(folders["fp4"], eviction="lru", memory=smallest + record * LAYERS * (4 - A))
     assert few.store is not None
     assert [table.slots for table in few.store.tables] == [4] * LAYERS
@@ -446,7 +449,7 @@ def test_progress_ends_with_everything(folders: dict[str, Path]) -> None:
 def test_buffers_are_no_larger_than_the_device_allows() -> None:
     shapes = {"a": Shape((2, 3), mx.bfloat16), "b": Shape((4,), mx.uint32)}
     for limit in (1, 60, 1 << 20):
-        ranges = allocate(shapes, [3, 2, 4], limit)
+        ranges = allocate([shapes] * 3, [3, 2, 4], limit)
         assert [r.slots for r in ranges] == [3, 2, 4]
         for number, slots in enumerate(ranges, 1):
             slots.record(1)["a"][:] = 0x3F80  # 1 in bfloat16
@@ -459,7 +462,7 @@ def test_buffers_are_no_larger_than_the_device_allows() -> None:
 def test_memory_that_host_and_device_do_not_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     with pytest.raises(DeviceError, match=r"(?s)found a CUDA device.*--experts resident"):
-        allocate({"a": Shape((2,), mx.uint8)}, [1])
+        allocate([{"a": Shape((2,), mx.uint8)}], [1])
 
 
 def test_readers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +486,7 @@ def test_commands_stream_trace_and_count(experts: str, folders: dict[str, Path],
     trace = tmp_path / "trace.jsonl"
     folder = folders["fp4 converted"]
     opened = Converted.open(folder)
-    sizes = sizes_of(opened.config, opened, record_bytes(open_source(opened).shapes))
+    sizes = sizes_of(opened.config, opened, open_source(opened).shapes)
     options = ["--model", str(folder), "--experts", experts, "--trace", str(trace), "--temp", "0", "--max-tokens", "3"]
     options += ["--raw", "--json", "--verify-reads"]
     if experts == "stream":

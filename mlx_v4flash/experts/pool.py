@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -57,14 +58,24 @@ def record_bytes(shapes: Shapes) -> int:
     return sum(shape.nbytes for shape in shapes.values())
 
 
-def share(slots: int, layers: int, least: int, most: int) -> list[int]:
-    """Slots of each layer, as evenly as may be; what does not divide goes to the first layers."""
-    each, rest = divmod(slots, layers)
-    return [min(max(each + (layer < rest), least), most) for layer in range(layers)]
+def share(nbytes: int, records: Sequence[int], least: int, most: int) -> list[int]:
+    """Slots of each layer for so many bytes, as evenly as may be; what is left over goes to the first layers.
+
+    Args:
+        records: bytes of an expert of each layer.
+        least, most: slots of a layer.
+    """
+    each, rest = divmod(nbytes, sum(records))
+    slots = []
+    for record in records:
+        more = rest >= record
+        rest -= record if more else 0
+        slots.append(min(max(each + more, least), most))
+    return slots
 
 
-def allocate(shapes: Shapes, sizes: list[int], buffer_bytes: int | None = None) -> list[SlotRange]:
-    """Ranges of so many slots each, in as few buffers as may be: one for each component.
+def allocate(shapes: Sequence[Shapes], sizes: Sequence[int], buffer_bytes: int | None = None) -> list[SlotRange]:
+    """Ranges of so many slots each; neighbours of the same shapes share buffers, one for each component.
 
     Args:
         buffer_bytes: most of one buffer; asked of the device if absent.
@@ -79,15 +90,16 @@ def allocate(shapes: Shapes, sizes: list[int], buffer_bytes: int | None = None) 
         )
     if buffer_bytes is None:
         buffer_bytes = int(mx.device_info().get("max_buffer_length", 1 << 62)) if mx.metal.is_available() else 1 << 62
-    most = max(1, buffer_bytes // max(shape.nbytes for shape in shapes.values()))
     ranges: list[SlotRange] = []
     while len(ranges) < len(sizes):
+        first = shapes[len(ranges)]
+        most = max(1, buffer_bytes // max(shape.nbytes for shape in first.values()))
         bank = [sizes[len(ranges)]]
-        for size in sizes[len(ranges) + 1 :]:
-            if sum(bank) + size > most:
+        for size, other in zip(sizes[len(ranges) + 1 :], shapes[len(ranges) + 1 :], strict=True):
+            if other != first or sum(bank) + size > most:
                 break
             bank.append(size)
-        ranges += _bank(shapes, bank)
+        ranges += _bank(first, bank)
     return ranges
 
 

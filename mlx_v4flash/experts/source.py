@@ -11,7 +11,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, StoredTensor, scale_bytes
 from ..converted import PACK, Converted
-from ..errors import CheckpointError, ExpertReadError, RequestError
+from ..errors import ExpertReadError, RequestError
 from ..expert_pack import MLX_TYPES, PackedLayer
 from ..safetensors_header import DTYPES
 from ..weights import HELD, expand_blocks, sources
@@ -23,14 +23,14 @@ class Source(Protocol):
     """Experts of all layers.
 
     Attributes:
-        shapes: arrays of an expert, by their names in its layer.
-        formats: mode, and unless plain group_size and bits, of w1, w2 and w3.
+        shapes: of each layer, arrays of an expert, by their names in its layer.
+        formats: of each layer, mode, and unless plain group_size and bits, of w1, w2 and w3.
         path: a file that holds experts, to measure how fast it is read.
         pieces: of an expert, each of which can be read by itself: those of w1, w3 and w2, or all in one.
     """
 
-    shapes: Shapes
-    formats: dict[str, dict[str, Any]]
+    shapes: list[Shapes]
+    formats: list[dict[str, dict[str, Any]]]
     path: Path
     pieces: tuple[str, ...]
 
@@ -60,17 +60,10 @@ class PackSource:
         self._layers: list[PackedLayer] = [
             converted.layers[f"layers.{n}.ffn.experts"] for n in range(converted.config.num_hidden_layers)
         ]
-        parts = self._layers[0].components
-        self.shapes = {part.name: Shape(part.shape, MLX_TYPES[part.dtype]) for part in parts}
-        self.formats = self._layers[0].formats
-        for number, layer in enumerate(self._layers):
-            same = [(p.name, p.shape, p.dtype) for p in layer.components] == [(p.name, p.shape, p.dtype) for p in parts]
-            if not same or layer.formats != self.formats:
-                raise CheckpointError(
-                    f"{self.path}: layers.{number}: expected records as in layers.0, found others\n"
-                    'hint: load with experts="resident" (--experts resident), or convert by a recipe that gives all '
-                    "layers the same formats"
-                )
+        self.shapes = [
+            {part.name: Shape(part.shape, MLX_TYPES[part.dtype]) for part in layer.components} for layer in self._layers
+        ]
+        self.formats = [layer.formats for layer in self._layers]
         self._verify = verify
         self.pieces = ("",) if verify else PIECES  # a checksum is of a whole record
 
@@ -120,10 +113,11 @@ class ShardSource:
                 _, layer, _, _, name = path.split(".", 4)
                 self._layers[int(layer)][name] = tensors
         mode = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}[checkpoint.config.expert_dtype]
-        self.formats = {name: {"mode": mode} for name in ("w1", "w2", "w3")}
+        self.formats = [{name: {"mode": mode} for name in ("w1", "w2", "w3")}] * len(self._layers)
         first = self._layers[0]
         self.path = first["w1.weight"][0].path
-        self.shapes = {name: self._shape(name, [layer[name] for layer in self._layers]) for name in first}
+        shapes = {name: self._shape(name, [layer[name] for layer in self._layers]) for name in first}
+        self.shapes = [shapes] * len(self._layers)
 
     def read(self, layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
         nbytes = 0

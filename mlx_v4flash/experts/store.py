@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ExpertReadError
 from .eviction import LRU, Eviction
-from .pool import Record, allocate, record_bytes, share
+from .pool import Record, Shapes, SlotRange, allocate, record_bytes, share
 from .products import SORT_FROM
 from .readers import Files
 from .residency import Residency
@@ -62,7 +62,7 @@ class ExpertStore:
 
     Args:
         slots: of each layer; as many as there are experts hold the layer whole.
-        staging: slots that all layers share, for calls that need more experts than their layer has slots.
+        staging: slots that layers of the same shapes share, for calls that need more experts than their layer has.
         eviction: makes the policy of one layer.
         threads: that read.
         timeout_s: a record that takes longer than this, from the end of the one before, counts as lost.
@@ -82,8 +82,11 @@ class ExpertStore:
     ) -> None:
         self._staging_slots = min(experts, STAGING) if staging is None else staging
         self.experts, self.source, self._eviction, self.timeout_s = experts, source, eviction, timeout_s
+        self.records = [record_bytes(shapes) for shapes in source.shapes]
         self.users: weakref.WeakSet[User] = weakref.WeakSet()
-        self._allocate(slots)
+        self._slots = list(slots)
+        self._allocate()
+        self._complete = True
         self.statistics = Statistics([LayerCounts() for _ in slots])
         self._routes: dict[int, np.ndarray] = {}
         self._known: dict[int, np.ndarray] = {}
@@ -96,12 +99,17 @@ class ExpertStore:
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, "experts")
         weakref.finalize(self, self._files.close)
 
-    def _allocate(self, slots: Sequence[int]) -> None:
+    def _allocate(self) -> None:
+        slots = self._slots
         self.whole = [n >= self.experts for n in slots]
-        streamed = not all(self.whole)
-        ranges = allocate(self.source.shapes, [*slots, *([self._staging_slots] if streamed else [])])
+        shapes, layouts = self.source.shapes, list[Shapes]()
+        for layer, whole in enumerate(self.whole):
+            if not whole and shapes[layer] not in layouts:
+                layouts.append(shapes[layer])
+        ranges = allocate([*shapes, *layouts], [*slots, *[self._staging_slots] * len(layouts)])
         self.ranges = ranges[: len(slots)]
-        self.staging = ranges[-1] if streamed else None
+        staging = ranges[len(slots) :]
+        self.staging = [None if w else staging[layouts.index(s)] for w, s in zip(self.whole, shapes, strict=True)]
         self.tables = [Residency(n, self._eviction()) for n in slots]
 
     def shrink(self, nbytes: int, least: int) -> int:
@@ -114,30 +122,41 @@ class ExpertStore:
         Returns:
             Bytes given up: fewer, or none, if every layer is at its least or all are held whole.
         """
-        record, held = record_bytes(self.source.shapes), [table.slots for table in self.tables]
-        if self.staging is None:
+        held, before = self._slots, self._bytes_of(self._slots)
+        if all(self.whole):
             return 0
-        less = max(-(-nbytes // record), int(_SHRINK_SHARE * sum(held)))
-        slots = share(max(sum(held) - less, 0), len(held), least, self.experts - 1)
+        left = before - max(nbytes, int(_SHRINK_SHARE * before))
+        slots = share(max(left, 0), self.records, least, self.experts - 1)
         if sum(slots) >= sum(held):
             return 0
         self.abandon()
         self.settle()
         for layer in list(self._reading):
             self.await_readers(layer)
+        self._slots, self._complete = slots, False
         for user in self.users:
             user.release()
-        del self.ranges, self.staging, self.tables  # before new ones are made: there may be no room for both
+        self.ranges, self.staging = [], []  # before new ones are made: there may be no room for both
         mx.clear_cache()
-        self._allocate(slots)
+        self._complete_pool()
+        return before - self._bytes_of(slots)
+
+    def _complete_pool(self) -> None:
+        """Make what an interrupted `shrink` left unmade."""
+        if self._complete:
+            return
+        self._allocate()
         for user in self.users:
             user.bind()
-        return (sum(held) - sum(slots)) * record
+        self._complete = True
+
+    def _bytes_of(self, slots: Sequence[int]) -> int:
+        return sum(n * record for n, record in zip(slots, self.records, strict=True))
 
     @property
     def whole_bytes(self) -> int:
         """Of the layers that are held whole."""
-        return sum(self.whole) * self.experts * record_bytes(self.source.shapes)
+        return self.experts * sum(r for r, whole in zip(self.records, self.whole, strict=True) if whole)
 
     def load_whole(self, progress: Callable[[int], None] | None = None) -> None:
         """Read the layers that are held whole.
@@ -148,15 +167,16 @@ class ExpertStore:
         Raises:
             ExpertReadError, CheckpointError: a record cannot be read or be right.
         """
-        each = self.experts * record_bytes(self.source.shapes)
-        for done, layer in enumerate((n for n, whole in enumerate(self.whole) if whole), 1):
+        done = 0
+        for layer in (n for n, whole in enumerate(self.whole) if whole):
             try:
                 self.finish(self._load(layer, list(range(self.experts)), in_order=True))
             except BaseException:
                 self.abandon()
                 raise
+            done += self.experts * self.records[layer]
             if progress is not None:
-                progress(done * each)
+                progress(done)
         self.statistics = Statistics([LayerCounts() for _ in self.ranges])
 
     def route_by_token(self, tables: dict[int, np.ndarray]) -> None:
@@ -168,6 +188,7 @@ class ExpertStore:
         """One forward pass of the tokens [B, T]: experts that follow from them begin to load at once."""
         try:
             self.settle()
+            self._complete_pool()
             self.statistics.tokens += ids.size
             streamed = {layer: table for layer, table in self._routes.items() if not self.whole[layer]}
             if streamed:
@@ -226,12 +247,11 @@ class ExpertStore:
 
     def stage_apart(self, layer: int, experts: list[int], first: int) -> Loads:
         """Begin to bring experts into the staging range, one slot each from `first` on: from disk or a slot."""
-        assert self.staging is not None
+        staging, table = self._staging_of(layer), self.tables[layer]
         self.await_readers(None)
-        table = self.tables[layer]
         jobs: list[tuple[Callable[..., float], tuple[object, ...]]] = []
         for slot, expert in enumerate(experts, first):
-            target = self.staging.record(slot)
+            target = staging.record(slot)
             held = table.resident.get(expert)
             if held is None:
                 jobs.append((self._read, (layer, expert, target)))
@@ -247,12 +267,10 @@ class ExpertStore:
             staged: slots in the staging range, by expert.
             keep: resident experts that must stay.
         """
-        assert self.staging is not None
         self.await_readers(layer)
-        table, own = self.tables[layer], self.ranges[layer]
-        claimed = table.claim(list(staged), keep)
-        self.statistics.layers[layer].evictions = table.evictions
-        jobs = [(_copy, (self.staging.record(staged[e]), own.record(slot))) for e, slot in claimed.items()]
+        own, staging = self.ranges[layer], self._staging_of(layer)
+        claimed = self._claim(layer, list(staged), keep)
+        jobs = [(_copy, (staging.record(staged[e]), own.record(slot))) for e, slot in claimed.items()]
         return self._begin(layer, list(staged), jobs)
 
     def finish(self, loads: Loads) -> None:
@@ -313,14 +331,18 @@ class ExpertStore:
                 table.failed(expert)
         self._broken = False
 
+    def _staging_of(self, layer: int) -> SlotRange:
+        staging = self.staging[layer]
+        assert staging is not None, "a layer that is held whole stages nothing"
+        return staging
+
     def _load(self, layer: int, missing: list[int], keep: Sequence[int] = (), in_order: bool = False) -> Loads:
         if not missing:
             return Loads(layer, [], [], 0.0)
         self.await_readers(layer)
-        table, own = self.tables[layer], self.ranges[layer]
-        claimed = table.claim(missing, keep)
+        own = self.ranges[layer]
+        claimed = self._claim(layer, missing, keep)
         assert not in_order or all(e == slot for e, slot in claimed.items())
-        self.statistics.layers[layer].evictions = table.evictions
         # Threads that would have no record to read take a piece of one.
         pieces = self.source.pieces if len(missing) < 2 * self._threads else ("",)
         jobs = [
@@ -330,6 +352,13 @@ class ExpertStore:
         ]
         self.statistics.records += len(missing)
         return self._begin(layer, missing, jobs)
+
+    def _claim(self, layer: int, experts: Sequence[int], keep: Sequence[int]) -> dict[int, int]:
+        table = self.tables[layer]
+        before = table.evictions
+        claimed = table.claim(experts, keep)
+        self.statistics.layers[layer].evictions += table.evictions - before
+        return claimed
 
     def _begin(
         self, layer: int, experts: list[int], jobs: Sequence[tuple[Callable[..., float], tuple[object, ...]]]

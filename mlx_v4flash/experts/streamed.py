@@ -34,17 +34,18 @@ class StreamedExperts:
 
     def bind(self) -> None:
         """Take the store's arrays."""
-        store = self._store
-        self._own = self._products(store.ranges[self._layer])
-        if store.staging is not None:
-            half = store.staging.slots // 2 or 1
-            self._staging = self._products(store.staging)
-            self._halves = [self._products(store.staging.part(n * half, (n + 1) * half)) for n in range(2)]
+        self._own = self._products(self._store.ranges[self._layer])
+        staging = self._store.staging[self._layer]
+        if staging is not None:
+            half = staging.slots // 2 or 1
+            self._staging = self._products(staging)
+            self._halves = [self._products(staging.part(n * half, (n + 1) * half)) for n in range(2)]
             self._half = half
 
     def release(self) -> None:
         """Let go of them."""
-        del self._own, self._staging, self._halves
+        for name in ("_own", "_staging", "_halves"):
+            vars(self).pop(name, None)
 
     def __call__(self, x: mx.array, ids: mx.array, weights: mx.array, shared: SharedExpert) -> mx.array:
         """As `ResidentExperts`; waits for ids and for what is not in memory."""
@@ -182,7 +183,7 @@ class StreamedExperts:
         return ExpertProducts(w1, w3, w2, self._limit, self._round_input)
 
     def _weights(self, arrays: dict[str, mx.array], name: str) -> ExpertWeights:
-        format = self._store.source.formats[name]
+        format = self._store.source.formats[self._layer][name]
         return ExpertWeights(
             arrays[f"{name}.weight"], arrays.get(f"{name}.scales"), format["mode"], arrays.get(f"{name}.biases"),
             format.get("bits"), format.get("group_size"),
