@@ -16,7 +16,6 @@ from mlx_v4flash.encoding import ChatDefaults
 from mlx_v4flash.errors import CheckpointError, ConfigError
 from mlx_v4flash.events import Reasoning, Text, ToolCall
 from mlx_v4flash.experts.attach import open_source
-from mlx_v4flash.experts.pool import record_bytes
 from mlx_v4flash.plan import make_plan, sizes_of
 from mlx_v4flash.recipe import read_recipe
 from mlx_v4flash.rounding import Rounding
@@ -94,8 +93,7 @@ def test_a_prompt_of_tokens_is_continued(chat: Chat) -> None:
 def test_streamed_experts_say_the_same(chat: Chat) -> None:
     """With as little memory as a model can run with."""
     opened = Checkpoint.open(nano_folder())
-    record = record_bytes(open_source(opened).shapes)
-    least = make_plan(opened.config, sizes_of(opened.config, opened, record)).smallest
+    least = make_plan(opened.config, sizes_of(opened.config, opened, open_source(opened).shapes)).smallest
     streamed, tokenizer = load(nano_folder(), experts="stream", memory=least)
     assert streamed.store is not None and not any(streamed.store.whole)
     talk = Chat(streamed, tokenizer, max_tokens=MOST)
