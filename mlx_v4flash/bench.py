@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
@@ -41,7 +42,7 @@ class Frontier:
 
 @dataclass(frozen=True)
 class Report:
-    """Where it was measured, and the figures."""
+    """Where it was measured, and the figures; experts: what `Statistics.report` says of streamed ones, else None."""
 
     machine: str
     versions: dict[str, str]
@@ -51,6 +52,7 @@ class Report:
     rounds: int
     peak_memory_bytes: int
     frontiers: list[Frontier]
+    experts: dict[str, Any] | None = None
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -66,7 +68,19 @@ class Report:
             )
         out = io.StringIO()
         Console(file=out, width=100).print(table)
-        return out.getvalue() + f"{self.machine}, ops: {self.ops}, {self.rounds} rounds, median (low - high)"
+        machine = f"{self.machine}, ops: {self.ops}, {self.rounds} rounds, median (low - high)"
+        return out.getvalue() + machine + self._experts()
+
+    def _experts(self) -> str:
+        found = self.experts
+        if found is None:
+            return ""
+        rate, hidden, exposed = (found[f"expert_{n}"] for n in ("hit_rate", "disk_hidden_s", "disk_exposed_s"))
+        return (
+            f"\nexperts streamed: {'-' if rate is None else f'{rate:.1%}'} in memory, "
+            f"{found['expert_bytes_per_token'] / 1e6:.1f} MB read per token, {hidden:.1f} s of reading hidden, "
+            f"{exposed:.1f} s waited for"
+        )
 
     def write(self, path: Path) -> None:
         """Write `path`.json with everything and `path`.csv with one line per frontier."""
@@ -117,6 +131,7 @@ def measure(model: Model, contexts: list[int], *, decode: int, rounds: int, chun
         rounds=rounds,
         peak_memory_bytes=peak_bytes(),
         frontiers=frontiers,
+        experts=None if model.store is None else model.store.statistics.report(),
     )
 
 

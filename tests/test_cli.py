@@ -245,6 +245,30 @@ def test_tiny_writes_what_it_is_asked_for(tmp_path: Path) -> None:
     assert run("tiny", tmp_path / "real", "--real-dims", "--layers", "x").exit_code == 2
 
 
+@pytest.mark.parametrize("experts", ["stream", "resident"])
+def test_bench_reports_streaming(experts: str, folder: Path) -> None:
+    args = [
+        "bench",
+        "--model",
+        str(folder),
+        "--frontiers",
+        "16",
+        "--decode",
+        "2",
+        "--rounds",
+        "1",
+        "--experts",
+        experts,
+    ]
+    report = json.loads(CliRunner().invoke(main, [*args, "--json"], catch_exceptions=False).output)["experts"]
+    table = CliRunner().invoke(main, args, catch_exceptions=False).output
+    assert ("experts streamed: " in table) == (experts == "stream")
+    if experts == "stream":  # all are held: there is room
+        assert report["expert_evictions"] == report["expert_bytes_per_token"] == 0
+    else:
+        assert report is None
+
+
 def test_bench_reports_frontiers(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures"
     options = ("--frontiers", "20,140", "--decode", 2, "--rounds", 2, "--prefill-chunk", 64, "--output", out)
