@@ -11,6 +11,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
+import streaming
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from test_loading import FP4, stored_value
@@ -211,3 +212,13 @@ def test_every_official_tensor_is_there(tmp_path: Path) -> None:
     assert view.tensors.keys() == specs.keys()
     for name, spec in specs.items():
         assert view.tensors[name].shape == spec.shape and view.tensors[name].dtype in spec.dtypes, name
+
+
+@pytest.mark.parametrize("naming", ["transformers", "official"])
+def test_plain_weights_are_streamed_as_they_are(tmp_path: Path, naming: str) -> None:
+    """transformers holds all experts of a layer in two tensors, w1 and w3 in one of them."""
+    plain = write_plain(write_tiny(tmp_path / "official", streaming.SMALL), tmp_path / "plain", naming)
+    resident, rng = load_model(plain, experts="resident"), np.random.default_rng(1)
+    model = streaming.streamed(plain, [4, 12, 5])
+    for T in (1, 9, 60):
+        streaming.expect_same(model, resident, streaming.prompt(rng, T))
