@@ -19,6 +19,7 @@ class Mistake:
         file: path from the root of the project.
         edits: text as it must be, exactly once in the file, and the wrong text, for each replacement.
         too_small: for the golden cases to notice; tests of the part alone do, and run first.
+        tests: files that must notice, instead of those that compare logits with what is expected.
     """
 
     rule: str
@@ -26,11 +27,14 @@ class Mistake:
     file: str
     edits: tuple[tuple[str, str], ...]
     too_small: bool = False
+    tests: tuple[str, ...] = ()
 
 
-def wrong(rule: str, what: str, file: str, *texts: str, too_small: bool = False) -> Mistake:
+def wrong(
+    rule: str, what: str, file: str, *texts: str, too_small: bool = False, tests: tuple[str, ...] = ()
+) -> Mistake:
     assert texts and len(texts) % 2 == 0, what
-    return Mistake(rule, what, file, tuple(zip(texts[::2], texts[1::2], strict=True)), too_small)
+    return Mistake(rule, what, file, tuple(zip(texts[::2], texts[1::2], strict=True)), too_small, tests)
 
 
 OPS, MODEL = "metal_kernels", "mlx_v4flash"
@@ -302,6 +306,68 @@ ROUNDING = [
           "[: len(self._queries)])]", too_small=True),
 ]  # fmt: skip
 
+STORE, STREAMED, PLAN = f"{MODEL}/experts/store.py", f"{MODEL}/experts/streamed.py", f"{MODEL}/plan.py"
+SOURCE, READERS, POOL_OF = (f"{MODEL}/experts/{name}.py" for name in ("source", "readers", "pool"))
+RESIDENCY, EVICTION, ENGINE = f"{MODEL}/experts/residency.py", f"{MODEL}/experts/eviction.py", f"{MODEL}/engine.py"
+
+
+def streaming(what: str, file: str, *texts: str) -> Mistake:
+    tests = (
+        "tests/test_residency.py", "tests/test_eviction.py", "tests/test_memory.py", "tests/test_plan.py",
+        "tests/test_experts_streaming.py",
+    )  # fmt: skip
+    return wrong("stream", what, file, *texts, tests=tests)
+
+
+STREAMING = [
+    streaming("a free slot is given twice", RESIDENCY, "= self.loading[expert] = self._free.pop()",
+              "= self.loading[expert] = self._free[-1]"),
+    streaming("what is in use may go", RESIDENCY, "kept = set(keep)", "kept = set()"),
+    streaming("a failed load leaves its slot taken", RESIDENCY, "self._free.append(self.loading.pop(expert))",
+              "self.loading.pop(expert)"),
+    streaming("a failed load counts as loaded", STORE, "table.failed(expert)", "table.loaded(expert)"),
+    streaming("the one used last goes", EVICTION, "for expert in self._order:", "for expert in reversed(self._order):"),
+    streaming("uses never count less", EVICTION, "now = self._calls / self._half_life", "now = 0.0"),
+    streaming("guesses are not counted as used", STORE,
+              "self.statistics.prefetched_used += len(set(ahead.experts).intersection(distinct))", "pass"),
+    streaming("slots are written while they are read", STORE, "        self.await_readers(layer)\n        own = self",
+              "        own = self"),
+    streaming("staging is written while it is read", STORE, "        self.await_readers(None)\n", ""),
+    streaming("resident experts of a prefill are read again", STORE,
+              "            if held is None:", "            if True:"),
+    streaming("nobody waits for what a failed request still reads", STORE,
+              "_, late = wait(self._running, self.timeout_s)", "late = set()"),
+    streaming("a shrinking pool gives up too little", STORE,
+              "left = before - max(nbytes,", "left = before - min(nbytes,"),
+    streaming("a shrinking pool keeps its old memory", STORE, "            user.release()", "            pass"),
+    streaming("an interrupted shrinking is forgotten", STORE, "            self._complete_pool()\n", ""),
+    streaming("the other half of the staging range", STREAMED, "self._halves[half], x", "self._halves[1 - half], x"),
+    streaming("copies of the wrong half stay", STREAMED, "half * self._half + slots[e]", "slots[e]"),
+    streaming("the least used stay after a prefill", STREAMED, "np.argsort(-counts, kind", "np.argsort(counts, kind"),
+    streaming("results in the order they came", STREAMED, "[order].reshape(*chosen.shape, -1), shared_result",
+              ".reshape(*chosen.shape, -1), shared_result"),
+    streaming("a later layer's slots", POOL_OF, "for start, end in pairwise(ends):",
+              "for end, start in pairwise(ends[::-1]):"),
+    streaming("checksums are not compared", SOURCE, "if crc != packed.crc32[expert]:", "if False:"),
+    streaming("scales are not checked", SOURCE, "                    scale_bytes(target, tensor.name)",
+              "                    pass"),
+    streaming("a short read is taken for all", READERS, "    while buffers:\n        count = os.preadv(fd,",
+              "    if buffers:\n        count = os.preadv(fd,"),
+    streaming("a change while reading goes unseen", READERS, "if self._state() != self._seen:", "if False:"),
+    streaming("direct reads begin at the block", READERS, "bounce[max(offset - start, 0) :", "bounce[0 :"),
+    streaming("a layer may get fewer slots than a token needs", POOL_OF, "min(max(each + more, least), most)",
+              "min(each + more, most)"),
+    streaming("caches are not planned", PLAN, '"caches": cache_bytes(c, context, packed),', '"caches": 0,'),
+    streaming("the smallest budget forgets staging", PLAN, "A * sum(records) + sum(streaming.values())",
+              "A * sum(records)"),
+    streaming("the process does not count", ENGINE, "max(0, held_bytes() - plan.budget, arrays - plan.array_bytes)",
+              "max(0, arrays - plan.array_bytes)"),
+    streaming("a request is stopped before the pool shrinks", ENGINE, "if excess and model.store is not None and",
+              "if False and"),
+    streaming("a conversation outgrows the plan", ENGINE, "    return min(room, planned)", "    return room"),
+]  # fmt: skip
+
 MISTAKES = [
     *STREAMS, *ROTATION, *COMPRESSION, *VISIBILITY, *QUERIES, *CLAMP, *ROUTING, *FORMATS, *INDEXER, *ROUNDING,
+    *STREAMING,
 ]  # fmt: skip

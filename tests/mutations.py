@@ -95,6 +95,8 @@ def first_failure(folder: Path, suites: Sequence[Sequence[str]] = (GOLDEN, PARTS
 def try_mistake(mistake: Mistake, root: Path) -> Result:
     with copy_of(root) as folder:
         (folder / mistake.file).write_text(mistaken(mistake, root), encoding="utf-8")
+        if mistake.tests:
+            return first_failure(folder, (mistake.tests,))
         return first_failure(folder, (PARTS, GOLDEN) if mistake.too_small else (GOLDEN, PARTS, ORACLE))
 
 
