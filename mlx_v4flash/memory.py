@@ -44,8 +44,7 @@ def usable_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total = min([total, *(int(text) for path in _LIMITS if (text := _text(path).strip()).isdigit())])
     usable = max(total - max(total // 4, 8 << 30), total // 4)
-    if mx.metal.is_available():
-        usable = min(usable, int(mx.device_info()["max_recommended_working_set_size"]))
+    usable = min(usable, int(mx.device_info().get("max_recommended_working_set_size", usable)))  # of Metal alone
     available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
     return usable if available is None else min(usable, 1024 * int(available[1]))
 

@@ -59,6 +59,8 @@ def test_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.usable_bytes() == plenty
     texts["/sys/fs/cgroup/memory.max"] = f"{1 << 30}\n"
     assert memory.usable_bytes() == 1 << 28
+    monkeypatch.setattr(memory.mx, "device_info", lambda: {"max_recommended_working_set_size": 1 << 27})
+    assert memory.usable_bytes() == 1 << 27
     texts["/proc/meminfo"] = "MemAvailable:   1000 kB\n"
     assert memory.usable_bytes() == 1024000
 
