@@ -60,7 +60,7 @@ class Result:
 
     @property
     def asserted(self) -> bool:
-        return self.test is not None and self.message.startswith(("AssertionError", "assert "))
+        return self.test is not None and self.message.startswith(("AssertionError", "assert ", "Failed: DID NOT"))
 
 
 @contextmanager

@@ -199,9 +199,11 @@ def test_an_expert_is_read_once_for_a_chunk(folders: dict[str, Path], monkeypatc
 
     monkeypatch.setattr(source, "read", count)
     for T in (100, 50, 12, 1, 200):
+        held = {(n, e) for n, table in enumerate(model.store.tables) for e in table.resident}
         reads.clear()
         mx.eval(model(prompt(rng, T)))
         assert set(reads.values()) <= {1}, T
+        assert not {(layer, e) for layer, e, _ in reads} & held, T
     assert len(reads) == 3 * sum(E - n for n in (4, 4, 5)), "all experts are used, some of them are there"
 
 
