@@ -1,10 +1,11 @@
 """Make every mistake of `mistakes.py`, one at a time, in a copy of the project, and see whether a test notices.
 
-    python tests/mutations.py [--jobs N] [WORD ...]
+    python tests/mutations.py [--jobs N] [WORDS ...]
 
-With words, only mistakes whose rule or text contains one of them. Prints a row for each mistake: which test noticed
-it and with what message, or SURVIVED. Exits 1 if one survived, or failed with another error than an assertion: then
-it was not the test that noticed. The copies lie in a temporary folder and the project is only read.
+With words, only mistakes whose rule or text contains one of these ("stream", "a short read"). Prints a row for each
+mistake: which test noticed it and with what message, or SURVIVED. Exits 1 if one survived, or failed with another
+error than an assertion: then it was not the test that noticed. The copies lie in a temporary folder and the project is
+only read.
 """
 
 from __future__ import annotations
@@ -119,10 +120,12 @@ def row(mistake: Mistake, result: Result) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="See whether the tests notice known mistakes.")
-    parser.add_argument("words", nargs="*", metavar="WORD", help="only mistakes whose rule or text contains one")
+    parser.add_argument("words", nargs="*", metavar="WORDS", help="only mistakes whose rule or text contains one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mistakes at a time")
     options = parser.parse_args(arguments)
-    chosen = [m for m in MISTAKES if not options.words or any(w in (m.rule, *m.what.split()) for w in options.words)]
+    chosen = [
+        m for m in MISTAKES if not options.words or any(f" {w} " in f" {m.rule} {m.what} " for w in options.words)
+    ]
     for mistake in chosen:
         mistaken(mistake)  # all of them before any is tried
     bad = 0
