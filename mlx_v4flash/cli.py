@@ -255,7 +255,7 @@ def doctor(kernels: bool, emulate: bool, as_json: bool) -> None:
 def plan(model: str | None, real: bool, **options: Any) -> None:
     """What MODEL, a folder or a repository, will take of memory; exit code 1 if it does not fit.
 
-    Nothing is loaded. Of a repository only config.json is downloaded.
+    Nothing is loaded. Of a repository only config.json is downloaded, and the official formats are assumed.
     """
     from .plan_source import planned
 

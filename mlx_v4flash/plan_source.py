@@ -58,7 +58,7 @@ def _sizes(model: str | None, revision: str | None, measure_disk: bool) -> tuple
     if model is None:
         config = ModelConfig.from_dict(REAL)
         return config, sizes_of(config), None
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if not folder.exists() and model.count("/") == 1:
         try:
             found = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from huggingface_hub.errors import LocalEntryNotFoundError
 from mlx.utils import tree_flatten
 
 from mlx_v4flash import convert as conversion
@@ -184,3 +186,28 @@ def test_command_of_a_folder(folders):
     assert found.exit_code == 0
     assert "all experts in memory" in found.output
     assert CliRunner().invoke(main, ["plan"]).exit_code == 2
+
+
+def test_command_of_a_repository(folders, monkeypatch):
+    asked = []
+
+    def download(repository, file, revision):
+        asked.append((repository, file, revision))
+        return str(folders["tiny"] / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    args = ["plan", "someone/tiny", "--revision", "v1", "--memory", "2GB", "--json"]
+    found = CliRunner().invoke(main, args, catch_exceptions=False)
+    assert found.exit_code == 0
+    assert asked == [("someone/tiny", "config.json", "v1")]
+    config = ModelConfig.from_folder(folders["tiny"])
+    assert json.loads(found.output)["parts"]["weights"] == sizes_of(config).dense
+
+    def unreachable(repository, file, revision):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    found = CliRunner().invoke(main, ["plan", "someone/tiny"])
+    assert found.exit_code == 1
+    assert "someone/tiny: never downloaded before, and Hugging Face cannot be reached" in found.output
+    assert "hint: --real plans V4-Flash without any file" in found.output
