@@ -365,8 +365,8 @@ STREAMING = [
               "A * sum(records)"),
     streaming("the process does not count", ENGINE, "max(0, held_bytes() - plan.budget, arrays - plan.array_bytes)",
               "max(0, arrays - plan.array_bytes)"),
-    streaming("a request is stopped before the pool shrinks", ENGINE, "if excess and model.store is not None and",
-              "if False and"),
+    streaming("slots go before freed memory", ENGINE, "    give_back()\n    excess = _excess(plan)\n    if excess and",
+              "    excess = _excess(plan)\n    if excess and"),
     streaming("a conversation outgrows the plan", ENGINE, "    return min(room, planned)", "    return room"),
 ]  # fmt: skip
 

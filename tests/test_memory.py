@@ -174,6 +174,16 @@ def plan_of(budget: int) -> Plan:
     return Plan(budget, 4096, 2048, E, 1, {"process": 0, "readers": 0}, [A] * LAYERS, E, 0)
 
 
+def test_freed_memory_goes_before_slots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given_back = streamed(folder, [11] * LAYERS), list[bool]()
+    monkeypatch.setattr("mlx_v4flash.engine.held_bytes", lambda: 0 if given_back else 1 << 50)
+    monkeypatch.setattr("mlx_v4flash.engine.give_back", lambda: given_back.append(True))
+    model.plan = plan_of(1 << 40)
+    assert len(list(stream_tokens(model, [3] * 20, 3, prompt_cache=model.make_cache()))) == 3
+    assert model.store is not None
+    assert [table.slots for table in model.store.tables] == [11] * LAYERS
+
+
 def test_growth_takes_slots_before_it_ends_the_request(
     folder: Path, resident: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_parts_are_the_total_and_the_budget_is_kept():
         assert plan.fits
         assert plan.total <= plan.budget
         assert all(6 <= n <= 256 for n in plan.slots)
+        assert plan.parts["caches"] == plan.parts["kept caches"] == cache_bytes(config, plan.max_context, True)
         if plan.streamed:
             assert plan.budget - plan.total < max(sizes.records)
             assert max(plan.slots) - min(plan.slots) <= 1
