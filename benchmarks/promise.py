@@ -133,7 +133,7 @@ def main() -> None:
         row = measure(args.folder, smallest + (whole - smallest) * share // 100, args.prompt, args.tokens)
         rows.append({"share": share} | row)
         print(json.dumps(rows[-1]), flush=True)
-    result = {"experts_bytes": whole - smallest, "prompt": args.prompt, "tokens": args.tokens, "rows": rows}
+    result = {"range_bytes": whole - smallest, "prompt": args.prompt, "tokens": args.tokens, "rows": rows}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
