@@ -143,7 +143,7 @@ def drop(path: Path) -> None:
 def compare(opened: Converted, trace: Trace, slots: int) -> dict[str, Any]:
     """Bytes/s of each way in each slice."""
     path, record = opened.folder / PACK, record_bytes(open_source(opened).shapes[0])
-    best = max(measure(path, record, seconds=1.0), key=lambda choice: choice.bytes_per_s or 0.0)
+    best = max(measure(path, record, rounds=9), key=lambda choice: choice.bytes_per_s or 0.0)
     choice = best.reader, best.threads
     ways: dict[str, Way] = {
         "limit": Limit(opened, slots, *choice),

@@ -473,7 +473,7 @@ def test_readers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file.write_bytes(bytes(5 << 20))
     record = calibration.LEAST_BYTES
     assert calibration.choose(file, 1000) == calibration.Choice()
-    measured = list(calibration.measure(file, record, seconds=0.01))
+    measured = calibration.measure(file, record, seconds=0.01)
     assert {(c.reader, c.threads) for c in measured} >= {("pread", n) for n in calibration.THREADS}
     assert all(c.bytes_per_s for c in measured)
     calls = []

@@ -8,9 +8,10 @@ import mmap
 import os
 import platform
 import random
+import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from metal_kernels import _profile
 
 from .readers import READERS, PlainReader
 
-# A map is never chosen: a disk that fails under it ends the process. Direct reads come first, since they leave
-# nothing in the page cache for the others to find.
+# A map is never chosen: a disk that fails under it ends the process.
 KINDS, THREADS = ("direct", "pread"), (4, 8)
 # Experts smaller than this are those of test models, for which nothing has to be measured.
 LEAST_BYTES = 1 << 20
@@ -58,18 +58,23 @@ def choose(path: Path, record_bytes: int) -> Choice:
     return best
 
 
-def measure(path: Path, record_bytes: int, seconds: float = 0.25) -> Iterator[Choice]:
-    """Every way that works here with its speed, from about so many seconds of reads at random places."""
-    for kind in KINDS:
-        try:
-            reader = READERS[kind](path)
-        except OSError:  # the file system knows no such reads
-            continue
-        try:
-            for threads in THREADS:
-                yield Choice(kind, threads, _speed(reader, path.stat().st_size, record_bytes, threads, seconds))
-        finally:
-            reader.close()
+def measure(path: Path, record_bytes: int, seconds: float = 0.15, rounds: int = 3) -> list[Choice]:
+    """Every way that works here with its speed: the median of rounds of about so many seconds of random reads.
+
+    The ways take turns: a disk that others use, or that is fast in bursts, changes its speed meanwhile.
+    """
+    file_bytes, speeds = path.stat().st_size, dict[tuple[str, int], list[float]]()
+    with ExitStack() as opened:
+        readers = {}
+        for kind in KINDS:
+            with suppress(OSError):  # the file system knows no such reads
+                readers[kind] = opened.enter_context(closing(READERS[kind](path)))
+        ways = [(kind, threads) for kind in readers for threads in THREADS]
+        for number in range(rounds):
+            for kind, threads in ways if number % 2 else ways[::-1]:
+                speed = _speed(readers[kind], file_bytes, record_bytes, threads, seconds)
+                speeds.setdefault((kind, threads), []).append(speed)
+    return [Choice(*way, statistics.median(found)) for way, found in speeds.items()]
 
 
 def _speed(reader: PlainReader, file_bytes: int, record_bytes: int, threads: int, seconds: float) -> float:
