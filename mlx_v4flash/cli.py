@@ -149,7 +149,7 @@ def convert(
     needed = conversion.check_space(job, target)
     if options["dry_run"]:
         speed = conversion.measure_disk(target)
-        click.echo(f"{target}: {job.total_bytes / 1e9:.2f} GB, {needed / 1e9:.2f} GB of them still to write")
+        click.echo(f"{target}: {job.total_bytes / 1e9:.4g} GB, {needed / 1e9:.4g} GB of them still to write")
         click.echo(f"about {needed / speed:,.0f} s at {speed / 1e9:.2f} GB/s, the measured speed of writing")
         return
     with bar("converting", "bytes") as progress:

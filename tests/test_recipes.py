@@ -187,7 +187,7 @@ def test_commands(source: Path, tmp_path: Path) -> None:
     assert run.invoke(main, ["convert", str(source)]).exit_code == 2
     target = str(tmp_path / "t")
     sizes = [
-        run.invoke(main, ["convert", str(source), target, "--dry-run", "--recipe", name], catch_exceptions=False).stdout
+        run.invoke(main, ["convert", str(source), target, "--dry-run", "--recipe", name]).stdout.split(" GB, ")[0]
         for name in ("native", "128gb")
     ]
     assert sizes[0] != sizes[1] and not Path(target).exists()
