@@ -53,9 +53,9 @@ def generate(
     shown = sys.stderr.isatty() if show_thinking is None else show_thinking
     out = Printer(as_json, shown)
     raw = run.is_base if raw is None else raw
-    if raw and (system is not None or tools is not None or think_budget is not None):
+    if raw and any(option is not None for option in (system, tools, think, think_budget)):
         raise RequestError(
-            "--system, --tools and --think-budget: expected a chat, found raw text\n"
+            "--system, --tools, --think and --think-budget: expected a chat, found raw text\n"
             "hint: leave them out, or use --chat; base models are given raw text unless told otherwise"
         )
     if raw:
@@ -74,6 +74,8 @@ def generate(
     out.end()
     if as_json:
         click.echo(json.dumps(run.summary()))
+    elif run.finish_reason == "length" and run.generated != max_tokens:  # a limit that nobody named
+        click.echo("(cut off, the limit of tokens is reached: --max-tokens, --max-context)", err=True)
     if stats:
         run.print_stats()
     return run.finish_reason
@@ -104,7 +106,7 @@ class Printer:
     def end(self) -> None:
         """What follows the last event."""
         self._end_reasoning()
-        if not self._as_json:
+        if not self._as_json and not self._at_line_start:
             click.echo()
 
     def _reason(self, text: str) -> None:

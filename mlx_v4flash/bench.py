@@ -104,8 +104,9 @@ def measure(model: Model, contexts: list[int], *, decode: int, rounds: int, chun
     contexts = sorted(set(contexts))
     if not contexts or contexts[0] < 1 or contexts[-1] > limit:
         raise RequestError(f"frontiers: expected context lengths from 1 to {limit}, found {contexts}")
-    if min(decode, rounds, chunk) < 1:
-        raise RequestError(f"decode, rounds, chunk: expected 1 or more, found {decode}, {rounds}, {chunk}")
+    for name, value in (("decode", decode), ("rounds", rounds), ("prefill_chunk", chunk)):
+        if value < 1:
+            raise RequestError(f"{name}: expected 1 or more, found {value}")
     prefills: dict[int, list[float]] = {c: [] for c in contexts}
     decodes: dict[int, list[float]] = {c: [] for c in contexts}
     sizes: dict[int, int] = {}

@@ -39,8 +39,8 @@ def write_byte_tokenizer(folder: Path, vocab_size: int) -> None:
     write_settings(folder, vocab)
 
 
-def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
-    """Copy tokenizer.json, and tokenizer_config.json if it lies beside it.
+def expect_tokenizer(source: Path, vocab_size: int) -> Path:
+    """The tokenizer.json of a folder, or the file itself.
 
     Raises:
         ConfigError: there is no such file, or it has ids beyond vocab_size.
@@ -48,8 +48,13 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
     file = source / FILES[0] if source.is_dir() else source
     if not file.is_file():
         raise ConfigError(f"{source}: expected tokenizer.json or a folder with it, found none")
+    _check_size(vocab_size, max(_vocabulary(file).values()) + 1, str(file))
+    return file
+
+
+def copy_tokenizer(file: Path, folder: Path) -> None:
+    """Copy a tokenizer.json, and tokenizer_config.json if it lies beside it."""
     ids = _vocabulary(file)
-    _check_size(vocab_size, max(ids.values()) + 1, str(file))
     shutil.copyfile(file, folder / FILES[0])
     settings = file.with_name(FILES[1])
     if settings.is_file():

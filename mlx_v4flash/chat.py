@@ -352,7 +352,7 @@ class Chat:
         if len(prompt) >= self.context:
             raise RequestError(
                 f"prompt: expected fewer than {self.context:,} tokens, the context of this chat, found "
-                f"{len(prompt):,}\nhint: undo(), or start another chat"
+                f"{len(prompt):,}\nhint: take a turn back, or start another chat"
             )
         return self.context - len(prompt)
 

@@ -72,7 +72,6 @@ def save(chat: Chat, path: Path, sampled: dict[int, list[int]]) -> Path:
     if os.path.exists(path) and not _is_ours(path):
         raise RequestError(f"{path}: expected a new name, or a saved conversation to replace, found another file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_prompt_cache(str(part), held.cache, {_KEY: json.dumps(values.model_dump())})
         part.replace(path)  # an interrupted write leaves the old file
     except (OSError, RuntimeError) as e:

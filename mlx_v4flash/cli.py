@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,16 @@ from metal_kernels import KernelError
 
 from . import __version__
 from .errors import RequestError, V4FlashError
-from .options import PATH, chat_options, chosen_sampling, loading_options, model_options, sampling_options
+from .options import (
+    OUTPUT,
+    PATH,
+    SAVED,
+    chat_options,
+    chosen_sampling,
+    loading_options,
+    model_options,
+    sampling_options,
+)
 
 
 class _Group(click.Group):
@@ -25,6 +37,19 @@ class _Group(click.Group):
         except (V4FlashError, KernelError) as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            click.echo(f"error: {error}", err=True)
+            os._exit(1)  # what could not be written would be tried again, and fail with a traceback
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by who started us
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+        return super().main(*args, **kwargs)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,7 +90,7 @@ def generate(prompt: str, **options: Any) -> None:
 @click.option(
     "--load",
     "saved",
-    type=PATH,
+    type=SAVED,
     help="Go on with a conversation that /save wrote, its system text and level of thinking.",
 )
 @click.option("--hide-thinking", is_flag=True, help="Show how long the model thinks, not what.")
@@ -80,7 +105,7 @@ def chat(**options: Any) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--real-dims", is_flag=True, help="Layers with the true dimensions of V4-Flash.")
-@click.option("--layers", default="2,3", show_default=True, help="With --real-dims: which layers of V4-Flash.")
+@click.option("--layers", help="With --real-dims: which layers of V4-Flash. Default: 2,3.")
 @click.option(
     "--config",
     "config_file",
@@ -90,15 +115,18 @@ def chat(**options: Any) -> None:
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="tokenizer.json to copy.")
 @click.option("--base", is_flag=True, help="As V4-Flash-Base: FP8 experts and float32 scales.")
 @click.option("--seed", default=0, show_default=True)
-def tiny(folder: Path, real_dims: bool, layers: str, config_file: Path | None, **options: Any) -> None:
+def tiny(folder: Path, real_dims: bool, layers: str | None, config_file: Path | None, **options: Any) -> None:
     """Write a random checkpoint in the official format to FOLDER."""
+    from .config import read_values
     from .progress import bar
     from .tiny import TINY, write_tiny
     from .tiny import real_dims as real
 
-    values = real(_numbers(layers)) if real_dims else dict(TINY)
+    if layers is not None and not real_dims:
+        raise click.UsageError("--layers: expected --real-dims, too; without it, num_hidden_layers in --config")
+    values = real(_numbers(layers or "2,3")) if real_dims else dict(TINY)
     if config_file is not None:
-        values |= json.loads(config_file.read_text(encoding="utf-8"))
+        values |= read_values(config_file)
     with bar("writing", "bytes") as progress:
         write_tiny(folder, values, progress=progress, **options)
     click.echo(f"{folder}: {values['num_hidden_layers']} layers, random weights", err=True)
@@ -178,7 +206,7 @@ def convert(
 @click.option("--decode", default=32, show_default=True, help="Tokens to decode at each.")
 @click.option("--rounds", default=3, show_default=True, help="Repetitions; medians are reported.")
 @click.option("--prefill-chunk", default=2048, show_default=True, help="Prompt tokens per forward pass.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write NAME.json and NAME.csv.")
+@click.option("--output", type=OUTPUT, metavar="NAME", help="Write NAME.json and NAME.csv.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def bench(
     frontiers: str, decode: int, rounds: int, prefill_chunk: int, output: Path | None, as_json: bool, **options: Any
@@ -260,7 +288,9 @@ def plan(model: str | None, real: bool, **options: Any) -> None:
     from .plan_source import planned
 
     if (model is None) != real:
-        raise click.UsageError("expected MODEL or --real")
+        raise click.UsageError(f"expected MODEL or --real, found {'both' if real else 'none'}")
+    if real and options["revision"] is not None:
+        raise click.UsageError("--revision: expected a repository, found --real")
     text, fits = planned(model, **options)
     click.echo(text)
     if not fits:
@@ -271,8 +301,8 @@ def plan(model: str | None, real: bool, **options: Any) -> None:
 @click.argument("trace", type=PATH)
 @click.option("--slots", help="Experts of a layer in memory, such as 16,32,64. Default: 3 to 100 % of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the JSON to a file, too.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture; needs matplotlib.")
+@click.option("--output", type=OUTPUT, help="Write the JSON to a file, too.")
+@click.option("--plot", type=OUTPUT, help="Write a picture; needs matplotlib.")
 def cache_sim(trace: Path, slots: str | None, as_json: bool, output: Path | None, plot: Path | None) -> None:
     """How many experts would have been found in memory, for the choices in TRACE (see --trace).
 
@@ -292,10 +322,19 @@ def cache_sim(trace: Path, slots: str | None, as_json: bool, output: Path | None
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("command")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def lm(command: str, args: tuple[str, ...]) -> None:
-    """Run an mlx-lm COMMAND (generate, server, chat, cache_prompt, perplexity, ...) with this model known to it."""
+@click.pass_context
+def lm(ctx: click.Context, command: str, args: tuple[str, ...]) -> None:
+    """Run an mlx-lm COMMAND (generate, server, chat, cache_prompt, perplexity, ...) with this model known to it.
+
+    `lm COMMAND --help` lists what follows.
+    """
+    if command in ("-h", "--help"):
+        click.echo(ctx.get_help())
+        return
     from .mlx_lm_bridge import run_mlx_lm
 
+    if not any(arg.split("=")[0] in ("--model", "-h", "--help") for arg in args):
+        args = ("--model", _model(None), *args)
     run_mlx_lm(command, list(args))
 
 
@@ -314,8 +353,8 @@ def _model(name: str | None) -> str:
 
 
 def _standard_input() -> str:
-    try:
-        return sys.stdin.read()
+    try:  # whatever the locale says
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
     except UnicodeDecodeError as e:
         raise RequestError(f"standard input: expected UTF-8, found {e}") from e
 

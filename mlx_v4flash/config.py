@@ -56,6 +56,21 @@ class Yarn:
     beta_slow: float = 1
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: expected JSON, found {e}\nhint: download or write the file again") from e
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The values of `config.json` that decide what is computed, under their official names.
@@ -110,13 +125,7 @@ class ModelConfig:
                 f"{folder}: expected a checkpoint folder with config.json, found none\n"
                 "hint: pass the folder that holds config.json and the .safetensors files"
             )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
-            raise ConfigError(f"{path}: expected JSON, found {e}\nhint: download the file again") from e
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_values(path), str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config.json") -> ModelConfig:

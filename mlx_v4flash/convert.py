@@ -22,6 +22,7 @@ from .convert_source import FolderSource, HubSource
 from .converted import FORMAT, INDEX, JOURNAL, PACK, VERSION, Converted, is_converted
 from .errors import ConvertError
 from .expert_pack import HEADER, NAMES, PAGE, as_numpy, lay_out, record_bytes, with_records
+from .hub import is_repository
 from .journal import Journal, alone, flush, rename, sync_folder, write_all, write_file
 from .recipe import AS_STORED, Recipe
 from .recipe_sizes import sizes as sizes_of
@@ -83,6 +84,10 @@ def open_source(
     """The source of a conversion; a repository's files go through a folder inside the target unless kept."""
     if from_hub:
         return HubSource(str(source), revision, target / SCRATCH, keep)
+    if is_repository(str(source)) and not Path(source).exists():
+        raise ConvertError(
+            f"{source}: expected a folder, found nothing\nhint: --from-hub converts the repository of that name"
+        )
     return FolderSource(Path(source), plain)
 
 

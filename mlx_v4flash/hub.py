@@ -50,6 +50,11 @@ def nano_folder() -> Path:
     return folder
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is spelled OWNER/NAME."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
 def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint, downloaded if it is a Hugging Face repository.
 
@@ -72,7 +77,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
                 "hint: leave it out, or name a Hugging Face repository"
             )
         return path
-    if isinstance(model, Path) or path.exists() or not _REPOSITORY.fullmatch(model):
+    if isinstance(model, Path) or path.exists() or not is_repository(model):
         found = "a file" if path.is_file() else "nothing there"
         raise CheckpointError(
             f"{model}: expected a checkpoint folder, found {found}\n"

@@ -121,16 +121,22 @@ def load_tokenizer(folder: Path) -> TokenizerWrapper:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder has none.
+        ConfigError, CheckpointError: the folder is no checkpoint, or has no tokenizer, or a damaged one.
     """
     expect_finished(folder)
+    eos = ModelConfig.from_folder(folder).eos_token_id
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder}: expected tokenizer.json, found none\n"
             "hint: copy it from the original checkpoint, or use load_model, which needs no tokenizer"
         )
-    eos = ModelConfig.from_folder(folder).eos_token_id
-    loaded = load_tokenizer_files(folder, eos_token_ids=eos if isinstance(eos, int) else list(eos))
+    try:
+        loaded = load_tokenizer_files(folder, eos_token_ids=eos if isinstance(eos, int) else list(eos))
+    except Exception as e:  # of three libraries, one of which raises nothing more special
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: expected a tokenizer, found {e!r}\n"
+            "hint: copy it from the original checkpoint, with tokenizer_config.json"
+        ) from e
     return with_chat(loaded, folder)
 
 

@@ -21,7 +21,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 _FOOTPRINT, _RUSAGE_BYTES = 2 + 7, 2 + 10
 
 
-def parse_bytes(value: str | int | None) -> int | None:
+def parse_bytes(value: str | int | None, name: str = "memory") -> int | None:
     """ "48GB", "1.5TiB" or a number of bytes.
 
     Raises:
@@ -32,9 +32,12 @@ def parse_bytes(value: str | int | None) -> int | None:
     text = value if isinstance(value, str) else ""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
-        raise RequestError(f"memory: expected a number of bytes such as 48GB or 64GiB, found {value!r}")
+        raise RequestError(f"{name}: expected a number of bytes such as 48GB or 64GiB, found {value!r}")
     units = _BINARY if found[3] else _UNITS
-    return int(float(found[1]) * units[found[2].upper()])
+    nbytes = int(float(found[1]) * units[found[2].upper()])
+    if not nbytes:
+        raise RequestError(f"{name}: expected at least one byte, found {value!r}")
+    return nbytes
 
 
 def usable_bytes() -> int:

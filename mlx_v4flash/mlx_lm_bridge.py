@@ -23,6 +23,7 @@ from .cache import LayerCache
 from .chat_tokenizer import with_chat
 from .config import MODEL_TYPE, ModelConfig
 from .errors import RequestError
+from .hub import is_repository, resolve
 from .loading import load_model
 from .model import Model
 
@@ -171,6 +172,8 @@ def _check_arguments(command: str, args: list[str]) -> None:
     for name, reason in _REFUSED_OPTIONS.items():
         if found[name] is not None:
             raise RequestError(f"{command}: {name}: {reason}\nhint: leave {name} out")
+    if found["--model"] and not is_repository(found["--model"]):
+        resolve(found["--model"])  # raises if it is no folder
     if found["--model"] and (command == "chat" or command in _WITHOUT_TEMPLATE):
         settings = {"trust_remote_code": found["trust_remote_code"]}
         if found["--chat-template"]:

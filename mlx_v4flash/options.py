@@ -10,6 +10,28 @@ import click
 
 PATH = click.Path(exists=True, dir_okay=False, path_type=Path)
 
+
+class _Output(click.Path):
+    """A file to write. Its folder must be there, which is said before any work is done."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"{path}: expected a place in an existing folder", param, ctx)
+        return path
+
+
+class _Saved(click.Path):
+    """A saved conversation; /save adds the suffix if it is left out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(value)
+        return super().convert(path if path.exists() else f"{path}.safetensors", param, ctx)
+
+
+OUTPUT = _Output(dir_okay=False, path_type=Path)
+SAVED = _Saved(exists=True, dir_okay=False, path_type=Path)
+
 Command = Callable[..., Any]
 
 
@@ -18,6 +40,7 @@ def model_options(command: Command) -> Command:
     options = [
         click.option("--model", help="Checkpoint folder or Hugging Face repository. Default: a small one, Nano."),
         click.option("--revision", help="Branch, tag or commit of the repository."),
+        click.option("--trace", type=OUTPUT, metavar="FILE", help="Write the experts chosen in every pass."),
     ]
     command = loading_options(command)
     for option in reversed(options):
@@ -44,8 +67,6 @@ def loading_options(command: Command) -> Command:
         click.option("--prefetch/--no-prefetch", default=False, show_default=True,
                      help="Read what the next layer will need, by a guess."),
         click.option("--verify-reads", is_flag=True, help="Compare every expert read from disk with its checksum."),
-        click.option("--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-                     help="Write the experts chosen in every pass."),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -11,12 +11,12 @@ from . import plan_report
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .converted import Converted, is_converted
-from .errors import HubError
+from .errors import HubError, RequestError
 from .experts.attach import open_source
 from .experts.calibration import measure
 from .experts.pool import record_bytes
 from .experts.trace import Trace, read_trace
-from .hub import FAILURES, explain
+from .hub import FAILURES, explain, is_repository
 from .memory import parse_bytes
 from .plan import Plan, Sizes, make_plan, sizes_of
 from .tiny import REAL
@@ -39,9 +39,12 @@ def planned(
     Raises:
         ConfigError, CheckpointError, HubError, RequestError: what is wrong, and what to do.
     """
-    config, sizes, measured = _sizes(model, revision, measure_disk=disk is None)
+    given = parse_bytes(bandwidth, "bandwidth")
+    config, sizes, measured = _sizes(model, revision, measure_disk=parse_bytes(disk, "disk") is None)
     routing: Trace | None = None if trace is None else read_trace(trace)
-    speeds = parse_bytes(disk) or measured, parse_bytes(bandwidth) or plan_report.measure_bandwidth()
+    if routing is not None:
+        _expect_same_sizes(routing, config, str(trace))
+    speeds = parse_bytes(disk, "disk") or measured, given or plan_report.measure_bandwidth()
     machine = plan_report.Machine(config, sizes, routing, *speeds)
 
     def plan_for(budget: int | str | None) -> Plan:
@@ -59,7 +62,7 @@ def _sizes(model: str | None, revision: str | None, measure_disk: bool) -> tuple
         config = ModelConfig.from_dict(REAL)
         return config, sizes_of(config), None
     folder = Path(model).expanduser()
-    if not folder.exists() and model.count("/") == 1:
+    if not folder.exists() and is_repository(model):
         try:
             found = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
         except FAILURES as e:
@@ -73,3 +76,14 @@ def _sizes(model: str | None, revision: str | None, measure_disk: bool) -> tuple
     if measure_disk and source.path.stat().st_size >= record:
         speed = max(choice.bytes_per_s or 0.0 for choice in measure(source.path, record))
     return checkpoint.config, sizes_of(checkpoint.config, checkpoint, source.shapes), speed
+
+
+def _expect_same_sizes(trace: Trace, config: ModelConfig, file: str) -> None:
+    expected = config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok
+    if (trace.layers, trace.experts, trace.chosen) != expected:
+        raise RequestError(
+            "{}: expected a trace of {} layers with {} experts, {} chosen, found one of {} layers with {}, {}\n"
+            "hint: record one with this model (--trace), or leave it out".format(
+                file, *expected, trace.layers, trace.experts, trace.chosen
+            )
+        )

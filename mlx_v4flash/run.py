@@ -109,6 +109,13 @@ class Run:
             except KeyboardInterrupt:
                 self.finish_reason = "interrupted"
 
+    @property
+    def generated(self) -> int:
+        """Tokens of the last answer."""
+        if self.usage is not None:
+            return self.usage.generated_tokens
+        return 0 if self.last is None else self.last.generation_tokens
+
     def summary(self) -> dict[str, Any]:
         """Figures of the answer; tokens per second, seconds and bytes."""
         found: dict[str, Any] = {"finish_reason": self.finish_reason}
@@ -134,8 +141,11 @@ class Run:
     def print_stats(self) -> None:
         """The summary as lines on standard error."""
         console = Console(stderr=True, highlight=False)
+        whole = self.model.store is not None and all(self.model.store.whole)
         for name, value in self.summary().items():
-            if name == "expert_layers":  # in JSON
+            if name == "expert_layers" or (whole and name.startswith("expert_")):  # in JSON
                 continue
             shown = f"{value:,}" if isinstance(value, int) else value
             console.print(f"{name.replace('_', ' ')}: {shown}")
+        if whole:
+            console.print("experts: all in memory, none streamed")

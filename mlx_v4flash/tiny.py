@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .byte_tokenizer import FILES, copy_tokenizer, write_byte_tokenizer
+from .byte_tokenizer import FILES, copy_tokenizer, expect_tokenizer, write_byte_tokenizer
 from .checkpoint import INDEX
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
@@ -192,15 +192,17 @@ def write_tiny(
     """
     values = _settings(config_values, layers, drafter, base, seed)
     plan = _plan(ModelConfig.from_dict(values, "config"), shard_bytes, drafter, base)
-    folder = Path(folder)
+    folder, given = Path(folder), None
+    if tokenizer is not None:
+        given = expect_tokenizer(Path(tokenizer), plan.config.vocab_size)
     try:
         _prepare(folder, plan.total_bytes)
         # Before everything else: it marks the folder as ours, should we be interrupted.
         _write_json(folder / "config.json", values)
-        if tokenizer is None:
+        if given is None:
             write_byte_tokenizer(folder, plan.config.vocab_size)
         else:
-            copy_tokenizer(Path(tokenizer), folder, plan.config.vocab_size)
+            copy_tokenizer(given, folder)
         _write_weights(folder, plan, seed, progress)
     except OSError as e:
         raise CheckpointError(

@@ -132,7 +132,8 @@ def read_tools(file: Path) -> list[Tool]:
         raise RequestError(f"{file}: expected a JSON file with a list of tools, found {e}") from e
     found = content.get("tools") if isinstance(content, dict) else content
     if not isinstance(found, Sequence) or isinstance(found, str):
-        raise RequestError(f"{file}: expected a list of tools, found {type(found).__name__}")
+        what = "an object without the list `tools`" if isinstance(content, dict) else type(found).__name__
+        raise RequestError(f"{file}: expected a list of tools, found {what}")
     return [Tool.of(tool) for tool in found]
 
 

@@ -250,7 +250,7 @@ def test_failed_retry_keeps_the_old_answer(loaded: tuple[Model, Encoding]) -> No
     chat = chat_of(loaded, thought("r", "one"))
     text_of(chat.send("first"))
     chat.context = 5
-    with pytest.raises(RequestError, match=r"expected fewer than 5 tokens.*\nhint: undo"):
+    with pytest.raises(RequestError, match=r"expected fewer than 5 tokens.*\nhint: take a turn back"):
         list(chat.retry())
     assert [m["content"] for m in chat.messages] == ["first", "one"]
 

@@ -22,6 +22,7 @@ from mlx_v4flash.answer import Printer
 from mlx_v4flash.checkpoint import Checkpoint
 from mlx_v4flash.cli import main
 from mlx_v4flash.events import Reasoning, Text, ToolCall
+from mlx_v4flash.hub import nano_folder
 from mlx_v4flash.tiny import TINY, write_tiny
 
 
@@ -65,6 +66,8 @@ def test_calls_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     for event in (Reasoning("hm"), Text("Let me see."), ToolCall("1", "f", '{"a": 1}'), ToolCall("2", "g", "{")):
         out.show(event)
     captured = capsys.readouterr()
+    out.end()
+    assert capsys.readouterr().out == "" and captured.out.endswith("}\n"), "no empty line after calls"
     text, *calls = captured.out.splitlines()
     assert (text, captured.err) == ("Let me see.", "")
     assert [json.loads(call) for call in calls] == [
@@ -83,7 +86,7 @@ def test_tools_of_a_file(folder: Path, tmp_path: Path) -> None:
     assert tools["prompt_tokens"] > plain["prompt_tokens"] + 500  # the model is told how to call
     file.write_text("{}")
     result = run("generate", "x", "--model", folder, "--tools", file)
-    assert result.exit_code == 1 and "tools.json: expected a list of tools, found NoneType" in result.stderr
+    assert result.exit_code == 1 and "tools.json: expected a list of tools, found an object without the list" in result.stderr
 
 
 def test_base_models_continue_text(tmp_path: Path) -> None:
@@ -186,6 +189,14 @@ def test_numerics_are_options(folder: Path, dtype: str) -> None:
         (("generate", "x", "--dtype", "float16"), "error: dtype: expected bfloat16 or float32"),
         (("bench", "--frontiers", "0"), "error: frontiers: expected context lengths from 1"),
         (("lm", "nonsense"), "nonsense"),
+        (
+            ("lm", "generate", "--model", "/no/such/folder"),
+            "/no/such/folder: expected a checkpoint folder, found nothing",
+        ),
+        (("generate", "x", "--model", str(Path(__file__).parent)), "expected a checkpoint folder with config.json"),
+        (("generate", "x", "--memory", "0"), "memory: expected at least one byte, found '0'"),
+        (("generate", "x", "--raw", "--think", "high"), "expected a chat, found raw text"),
+        (("bench", "--decode", "0"), "decode: expected 1 or more, found 0"),
     ],
 )
 def test_errors_are_told_without_a_traceback(args: tuple[str, ...], message: str, folder: Path) -> None:
@@ -209,6 +220,9 @@ def test_options_are_checked_before_the_model_is_loaded(args: tuple[str, ...], m
 def test_chat_goes_on_with_a_saved_one(folder: Path, tmp_path: Path) -> None:
     chat = Chat(*load(folder), messages=[{"role": "user", "content": "x"}], system="S")
     args = ("chat", "--model", folder, "--load", chat.save(tmp_path / "talk"))
+    for saved in ("talk", "talk.safetensors"):
+        args = (*args[:-1], tmp_path / saved)
+        assert run(*args, stdin="/quit\n").exit_code == 0
     result = run(*args, stdin="/system\n")
     assert result.exit_code == 0 and "tokens (0.0%), 1 messages" in result.stdout and "system: S;" in result.stdout
     (tmp_path / "talk.safetensors").write_bytes(b"damaged")
@@ -229,6 +243,13 @@ def test_standard_input_that_is_no_text(folder: Path) -> None:
         ("generate",),
         ("generate", "x", "--bogus"),
         ("bench", "--frontiers", "a,b"),
+        ("bench", "--output", "/no/such/folder/x"),
+        ("generate", "x", "--trace", "/no/such/folder/x"),
+        ("chat", "--load", "/no/such/file"),
+        ("quality", "m", "--against", "m", "--text", __file__, "--trace", "t"),
+        ("plan", "--real", "model"),
+        ("plan", "--real", "--revision", "x"),
+        ("tiny", "folder", "--layers", "2"),
     ],
 )
 def test_wrong_usage_exits_with_2(args: tuple[str, ...]) -> None:
@@ -243,6 +264,59 @@ def test_tiny_writes_what_it_is_asked_for(tmp_path: Path) -> None:
     assert (written.n_routed_experts, written.expert_dtype) == (5, "fp8")
     assert run("generate", "x", "--model", tmp_path / "m", "--max-tokens", 1).exit_code == 0
     assert run("tiny", tmp_path / "real", "--real-dims", "--layers", "x").exit_code == 2
+    config.write_text("{")
+    broken = run("tiny", tmp_path / "m", "--config", config)
+    assert broken.exit_code == 1 and "sizes.json: expected JSON, found" in broken.stderr
+
+
+def test_tiny_refuses_a_tokenizer_before_anything_is_removed(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m")
+    result = run("tiny", folder, "--tokenizer", nano_folder() / "tokenizer.json")
+    assert result.exit_code == 1 and "vocab_size: expected at least 4,096" in result.stderr
+    assert run("generate", "x", "--model", folder, "--max-tokens", 1).exit_code == 0
+    assert run("tiny", tmp_path / "n", "--tokenizer", folder).exit_code == 0
+
+
+def test_damaged_tokenizer(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{}")
+    result = run("generate", "x", "--model", folder)
+    assert result.exit_code == 1 and "tokenizer.json: expected a tokenizer, found" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate Hi", "plan --real --memory 48GB --disk 1GB", "chat"])
+def test_a_full_disk_behind_standard_output(command: str) -> None:
+    done = shell(f"echo Hi | {{}} {command} > /dev/full")
+    assert done.returncode == 1 and "error: [Errno 28] No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("{} generate Hi >&-", 0), ("{} chat <&-", 0), ("{} generate - <&-", 1), ("{} --help 2>&-", 0)]
+)
+def test_closed_streams(line: str, code: int) -> None:
+    done = shell(line)
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    """Run a line, in which {} is the program."""
+    program = f"{sys.executable} -m mlx_v4flash"
+    return subprocess.run(["sh", "-c", line.format(program)], capture_output=True, text=True)
+
+
+def test_limits_nobody_named_are_told() -> None:
+    args = ("generate", TALK[0], "--max-context", 12)
+    assert "cut off, the limit of tokens is reached" in run(*args).stderr
+    assert "cut off" not in run("generate", TALK[0], "--max-tokens", 2).stderr
+
+
+def test_lm_without_a_model_runs_the_small_one() -> None:
+    args = ("lm", "generate", "--prompt", TALK[1], "--chat-template-config", '{"enable_thinking": false}')
+    result = run(*args)
+    assert result.exit_code == 0 and "this is Nano" in result.stderr
+    assert any(answer in result.stdout for answer in answers_to(TALK[1]))
+    listed = run("lm", "--help")
+    assert listed.exit_code == 0 and "Run an mlx-lm COMMAND" in listed.stdout
 
 
 @pytest.mark.parametrize("experts", ["stream", "resident"])

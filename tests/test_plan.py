@@ -22,6 +22,7 @@ from mlx_v4flash.config import ModelConfig
 from mlx_v4flash.converted import Converted
 from mlx_v4flash.engine import stream_tokens
 from mlx_v4flash.errors import RequestError
+from mlx_v4flash.experts.trace import TraceWriter
 from mlx_v4flash.plan import cache_bytes, make_plan, pass_bytes, sizes_of
 from mlx_v4flash.tiny import REAL, TINY, write_tiny
 
@@ -187,6 +188,19 @@ def test_command_of_a_folder(folders):
     assert found.exit_code == 0
     assert "all experts in memory" in found.output
     assert CliRunner().invoke(main, ["plan"]).exit_code == 2
+
+
+def test_command_refuses_a_trace_of_another_model(folders, tmp_path):
+    TraceWriter(tmp_path / "t", 6, 16, 2)
+    found = CliRunner().invoke(main, ["plan", str(folders["tiny"]), "--trace", str(tmp_path / "t")])
+    assert found.exit_code == 1
+    assert "expected a trace of 5 layers with 8 experts, 3 chosen, found one of 6 layers with 16, 2" in found.output
+
+
+def test_command_of_a_folder_that_is_not_there():
+    found = CliRunner().invoke(main, ["plan", "/nowhere"])
+    assert found.exit_code == 1
+    assert "/nowhere: expected a folder, found nothing" in found.output
 
 
 def test_command_of_a_repository(folders, monkeypatch):

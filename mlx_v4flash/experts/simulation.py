@@ -42,7 +42,7 @@ class Curves:
         for i, n in enumerate(self.slots):
             rates = "".join(f"{rates[i]:>9.1%}" for rates in self.rates.values())
             lines.append(f"{n:>6} {n / self.experts:>7.1%}{rates}")
-        return "\n".join(lines)
+        return "\n".join([*lines, "", f"{self.tokens:,} tokens; an expert's first use is a miss."])
 
     def plot(self, path: Path) -> None:
         """Write a picture.

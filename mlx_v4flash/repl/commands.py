@@ -98,7 +98,7 @@ def load(repl: Repl, argument: str) -> None:
 
 
 def undo(repl: Repl, argument: str) -> None:
-    """Take back the last message and its answer"""
+    """Take back the last message and its answer, to change it and send it again"""
     text = repl.chat.undo()
     repl.screen.note(f"taken back; {len(repl.chat.messages)} messages are left")
     repl.draft = text if len(text) <= _DRAFT_LENGTH else ""

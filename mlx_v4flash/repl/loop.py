@@ -73,4 +73,4 @@ class Repl:
 
     def status(self) -> str:
         """What is shown below the line."""
-        return f"think {self.chat.think} · {self.chat.session.held_tokens:,} of {self.chat.context:,} tokens"
+        return f"think {self.chat.think} · {self.chat.session.held_tokens:,} tokens held, context {self.chat.context:,}"
