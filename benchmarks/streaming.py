@@ -135,7 +135,9 @@ class Map(Tables):
 
 
 def drop(path: Path) -> None:
-    """Forget the file's pages."""
+    """Forget the file's pages, where the system can be told to."""
+    if not hasattr(os, "posix_fadvise"):
+        return
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

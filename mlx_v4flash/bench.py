@@ -21,6 +21,7 @@ import metal_kernels
 
 from . import __version__
 from .cache import LayerCache
+from .engine import wired
 from .errors import RequestError
 from .memory import peak_bytes
 from .model import Model
@@ -111,13 +112,14 @@ def measure(model: Model, contexts: list[int], *, decode: int, rounds: int, chun
     decodes: dict[int, list[float]] = {c: [] for c in contexts}
     sizes: dict[int, int] = {}
     ids = mx.random.randint(0, model.config.vocab_size, (1, contexts[-1]), key=mx.random.key(0))
-    _prefill(model, model.make_cache(), ids[:, : min(chunk, 64)], chunk)  # the first pass also sets things up
-    for _ in range(rounds):
-        cache, done = model.make_cache(), 0
-        for context in contexts:
-            prefills[context].append((context - done) / _prefill(model, cache, ids[:, done:context], chunk))
-            decodes[context].append(decode / _decode(model, [c.copy() for c in cache], ids[:, -1:], decode))
-            sizes[context], done = sum(c.nbytes for c in cache), context
+    with wired(model):
+        _prefill(model, model.make_cache(), ids[:, : min(chunk, 64)], chunk)  # the first pass also sets things up
+        for _ in range(rounds):
+            cache, done = model.make_cache(), 0
+            for context in contexts:
+                prefills[context].append((context - done) / _prefill(model, cache, ids[:, done:context], chunk))
+                decodes[context].append(decode / _decode(model, [c.copy() for c in cache], ids[:, -1:], decode))
+                sizes[context], done = sum(c.nbytes for c in cache), context
     frontiers = [Frontier(c, *_spread(prefills[c]), *_spread(decodes[c]), cache_bytes=sizes[c]) for c in contexts]
     return Report(
         machine=f"{platform.system()} {platform.machine()}, {mx.default_device()}",

@@ -98,7 +98,7 @@ def measure_disk(folder: Path, nbytes: int = 1 << 26) -> float:
             start = time.perf_counter()
             file.write(bytes(nbytes))
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
             return nbytes / (time.perf_counter() - start)
     except OSError as e:
         raise ConvertError(f"{folder}: cannot be written: {e.strerror}\nhint: check its space and permissions") from e
@@ -167,7 +167,8 @@ def _prepare(source: FolderSource, target: Path, rounding: Rounding) -> bool:
             )
         return False
     begun = {JOURNAL, JOURNAL + ".part", SCRATCH}
-    found = sorted(p.name for p in target.iterdir() if p.name not in begun)
+    # Finder puts hidden files wherever it looks.
+    found = sorted(p.name for p in target.iterdir() if p.name not in begun and not p.name.startswith("."))
     if found and not is_converted(target):
         raise ConvertError(
             f"{target}: expected an empty folder or a conversion that was interrupted, found {', '.join(found[:3])}\n"

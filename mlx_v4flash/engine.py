@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +14,7 @@ from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .cache import LayerCache
-from .errors import NumericsError, RequestError
+from .errors import DeviceError, NumericsError, RequestError
 from .memory import give_back, held_bytes
 from .model import Model
 from .plan import Plan
@@ -48,6 +50,7 @@ def stream_generate(
     Raises:
         RequestError: an empty prompt, ids outside the vocabulary, no room in the context, a bad number.
         NumericsError: the model produced a value that is not a number; the message names the layer.
+        DeviceError: the device ran out of memory or time.
     """
     ids = prompt_ids(tokenizer, prompt)
     cache = prompt_cache if prompt_cache is not None else model.make_cache()
@@ -65,11 +68,12 @@ def stream_generate(
         **options,
     )
     seen = list(ids)
-    for response in responses:
-        _expect_planned(model)
-        _expect_number(model, response.token, response.logprobs, seen if fresh else None, cache, prefill_chunk)
-        seen.append(response.token)
-        yield response
+    with _explained():
+        for response in responses:
+            _expect_planned(model)
+            _expect_number(model, response.token, response.logprobs, seen if fresh else None, cache, prefill_chunk)
+            seen.append(response.token)
+            yield response
 
 
 def stream_tokens(
@@ -89,7 +93,7 @@ def stream_tokens(
     ids = list(ids)
     fresh = prompt_cache[0].empty()
     room = _check(model, ids, prompt_cache[0].position, max(max_tokens, 1), prefill_chunk)
-    with wired_limit(model, [generation_stream]):  # type: ignore[list-item]
+    with _explained(), wired_limit(model, [generation_stream]):  # type: ignore[list-item]
         steps = generate_step(
             mx.array(ids),
             model,
@@ -113,6 +117,11 @@ def generate(model: Model, tokenizer: TokenizerWrapper, prompt: Prompt, max_toke
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, max_tokens, **options))
 
 
+def wired(model: Model) -> AbstractContextManager[None]:
+    """While the model is called directly: on Metal its memory stays resident, as it does in generation."""
+    return wired_limit(model, [mx.default_stream(mx.default_device())])
+
+
 def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; text gets the beginning-of-sequence token in front, once."""
     if isinstance(prompt, mx.array):
@@ -124,6 +133,21 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What Metal or the allocator cannot do ends the request, not the program."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not str(e).startswith(("[METAL]", "[malloc]", "[metal::malloc]")):
+            raise
+        with suppress(RuntimeError):  # it may be said once more for each stream
+            mx.synchronize(generation_stream)
+        raise DeviceError(
+            f"device: {e}\nhint: the request was stopped; shorten it, close other programs, or load with less --memory"
+        ) from e
 
 
 def _check(model: Model, ids: list[int], position: int, max_tokens: int, prefill_chunk: int) -> int:
@@ -184,6 +208,10 @@ def _expect_planned(model: Model) -> None:
         return
     give_back()
     excess = _excess(plan)
+    if excess and model.store is not None:
+        # Metal lets go of the buffers of a pass when all of it is over, later than its results are there.
+        mx.synchronize(generation_stream)
+        mx.synchronize()
     if excess and model.store is not None and model.store.shrink(excess, model.config.num_experts_per_tok):
         give_back()
         excess = _excess(plan)
@@ -204,8 +232,8 @@ def _excess(plan: Plan) -> int:
 def _expect_number(
     model: Model, token: int, logprobs: mx.array, seen: list[int] | None, cache: list[LayerCache], chunk: int
 ) -> None:
-    # One NaN among the logits makes every log-probability NaN.
-    if mx.isnan(logprobs[token]).item():
+    # One NaN among the logits makes every log-probability NaN. On the host: the device is busy with the next step.
+    if math.isnan(memoryview(logprobs)[token]):  # type: ignore[arg-type]
         raise NumericsError(_where_not_a_number(model, seen, cache, chunk))
 
 

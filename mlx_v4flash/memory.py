@@ -17,8 +17,9 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # Where containers are told their limit.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-# `struct rusage_info_v0` of macOS: 16 bytes, then 64-bit numbers, of which the eighth is the footprint.
-_FOOTPRINT, _RUSAGE_BYTES = 2 + 7, 2 + 10
+# `struct rusage_info_v4` of macOS: 16 bytes, then 64-bit numbers, among them the footprint and the most it has been.
+_RUSAGE_FLAVOR, _RUSAGE_WORDS = 4, 2 + 35
+_FOOTPRINT, _MOST_FOOTPRINT = 2 + 7, 2 + 28
 
 
 def parse_bytes(value: str | int | None, name: str = "memory") -> int | None:
@@ -58,7 +59,7 @@ def held_bytes() -> int:
     if sys.platform == "linux":
         held = int(_text("/proc/self/statm").split()[1]) * resource.getpagesize()
     else:
-        held = _footprint()
+        held = _rusage(_FOOTPRINT)
     return max(arrays, held)
 
 
@@ -67,8 +68,7 @@ def peak_bytes() -> int:
     if sys.platform == "linux":  # getrusage would start with what the parent process held
         peak = int(_text("/proc/self/status").split("VmHWM:")[1].split()[0]) * 1024
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The system does not count all of Metal's buffers; MLX does.
+        peak = max(_rusage(_MOST_FOOTPRINT), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return max(peak, mx.get_peak_memory())
 
 
@@ -81,11 +81,11 @@ def give_back() -> None:
             trim(0)
 
 
-def _footprint() -> int:
-    """Of macOS, which counts memory of the GPU too; 0 if it does not say."""
+def _rusage(word: int) -> int:
+    """A number of macOS, whose footprints count memory of the GPU too; 0 if it does not say."""
     ask = getattr(ctypes.CDLL(None), "proc_pid_rusage", None)
-    found = (ctypes.c_uint64 * _RUSAGE_BYTES)()
-    return 0 if ask is None or ask(os.getpid(), 0, ctypes.byref(found)) else int(found[_FOOTPRINT])
+    found = (ctypes.c_uint64 * _RUSAGE_WORDS)()
+    return 0 if ask is None or ask(os.getpid(), _RUSAGE_FLAVOR, ctypes.byref(found)) else int(found[word])
 
 
 def _text(path: str) -> str:

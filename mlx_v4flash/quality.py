@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import ModelConfig
+from .engine import wired
 from .errors import ConvertError, NumericsError, RequestError
 from .hub import resolve
 from .journal import Journal, write_file
@@ -191,22 +192,23 @@ def _logits(model: Model, words: Text, passage: Passage, done: int, progress: Pr
     """
     first = passage.spans[done][0] if done < len(passage.spans) else passage.tokens
     first -= first % passage.context
-    for number, (start, stop) in enumerate(passage.spans):
-        if start < first:
-            continue
-        if start % passage.context == 0:
-            cache = model.make_cache()
-        logits = model(words.inputs(start, stop, passage.context), cache)[0]
-        if number < done:
-            mx.eval([c.state for c in cache])
-        else:
-            if not mx.isfinite(logits).all().item():
-                raise NumericsError(
-                    f"logits of tokens {start} to {stop - 1}: expected finite values, found NaN or infinity\n"
-                    "hint: generate --raw with the same text names the layer"
-                )
-            yield start, np.array(logits)
-        progress(stop, passage.tokens)
+    with wired(model):
+        for number, (start, stop) in enumerate(passage.spans):
+            if start < first:
+                continue
+            if start % passage.context == 0:
+                cache = model.make_cache()
+            logits = model(words.inputs(start, stop, passage.context), cache)[0]
+            if number < done:
+                mx.eval([c.state for c in cache])
+            else:
+                if not mx.isfinite(logits).all().item():
+                    raise NumericsError(
+                        f"logits of tokens {start} to {stop - 1}: expected finite values, found NaN or infinity\n"
+                        "hint: generate --raw with the same text names the layer"
+                    )
+                yield start, np.array(logits)
+            progress(stop, passage.tokens)
 
 
 def _report(journal: Journal, reference: Reference, model: str, nbytes: int) -> Report:
@@ -263,5 +265,7 @@ def _explained(place: Path) -> Iterator[None]:
 
 def _fingerprint(folder: Path) -> int:
     """Changes when a file of the folder does."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()]
+    # Finder writes hidden files when it shows a folder.
+    paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     return zlib.crc32(repr(sorted(files)).encode())

@@ -86,7 +86,10 @@ def test_tools_of_a_file(folder: Path, tmp_path: Path) -> None:
     assert tools["prompt_tokens"] > plain["prompt_tokens"] + 500  # the model is told how to call
     file.write_text("{}")
     result = run("generate", "x", "--model", folder, "--tools", file)
-    assert result.exit_code == 1 and "tools.json: expected a list of tools, found an object without the list" in result.stderr
+    assert (
+        result.exit_code == 1
+        and "tools.json: expected a list of tools, found an object without the list" in result.stderr
+    )
 
 
 def test_base_models_continue_text(tmp_path: Path) -> None:
@@ -284,6 +287,7 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "tokenizer.json: expected a tokenizer, found" in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 @pytest.mark.parametrize("command", ["generate Hi", "plan --real --memory 48GB --disk 1GB", "chat"])
 def test_a_full_disk_behind_standard_output(command: str) -> None:
     done = shell(f"echo Hi | {{}} {command} > /dev/full")

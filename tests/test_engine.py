@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,8 +10,8 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_v4flash import Model, generate, load, stream_generate
-from mlx_v4flash.engine import prompt_ids
-from mlx_v4flash.errors import NumericsError, RequestError
+from mlx_v4flash.engine import prompt_ids, stream_tokens
+from mlx_v4flash.errors import DeviceError, NumericsError, RequestError
 from mlx_v4flash.sampling import SamplingParams
 from mlx_v4flash.tiny import TINY, write_tiny
 
@@ -142,3 +143,23 @@ def test_not_a_number_names_layer_and_position(tmp_path: Path) -> None:
     model.head.weight = mx.full(model.head.weight.shape, float("nan"))
     with pytest.raises(NumericsError, match="head: expected finite logits"):
         list(stream_generate(model, tokenizer, [3, 4, 5], 3))
+
+
+@pytest.mark.parametrize("text", ["[METAL] Command buffer execution failed: Insufficient Memory", "[malloc] Unable to"])
+def test_a_device_that_gives_up_ends_the_request(text: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    want = generate(model, tokenizer, "Hello", 4)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(text)
+
+    for step in (stream_generate(model, tokenizer, "Hello", 4), tokens_of(model, tokenizer)):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model.layers[1]), "__call__", fail)
+            with pytest.raises(DeviceError, match=r"^device: \[(METAL|malloc)\].*\nhint: the request was stopped"):
+                next(iter(step))
+    assert generate(model, tokenizer, "Hello", 4) == want
+
+
+def tokens_of(model: Model, tokenizer: TokenizerWrapper) -> Iterator[int]:
+    return stream_tokens(model, prompt_ids(tokenizer, "Hello"), 4, prompt_cache=model.make_cache())

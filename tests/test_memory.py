@@ -55,6 +55,7 @@ def test_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     texts = {"/proc/meminfo": "MemFree: 7 kB\nMemAvailable:   99999999999 kB\n"}
     monkeypatch.setattr(memory, "_text", lambda path: texts.get(path, ""))
+    monkeypatch.setattr(mx, "device_info", dict)
     plenty = memory.usable_bytes()
     assert plenty == max(total - max(total // 4, 8 << 30), total // 4)
     texts["/sys/fs/cgroup/memory.max"] = "max\n"
@@ -81,11 +82,13 @@ def test_arrays_are_held_until_they_are_given_back() -> None:
 
 def test_macos_is_asked_for_the_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
     def proc_pid_rusage(pid: int, flavor: int, found: Any) -> int:
-        assert (pid, flavor) == (os.getpid(), 0)
+        assert (pid, flavor) == (os.getpid(), 4)
         words = ctypes.cast(found, ctypes.POINTER(ctypes.c_uint64))
-        # struct rusage_info_v0: a UUID, then user and system time, wake-ups (two), page-ins, wired, resident, footprint
-        for n in range(12):
-            words[n] = (5 << 40) if n == 9 else n
+        # struct rusage_info_v4: a UUID, then user and system time, wake-ups (two), page-ins, wired, resident,
+        # footprint, start, end, the same of children (six), disk (two), time by kind (seven), billed and serviced
+        # time, writes, the largest footprint
+        for n in range(37):
+            words[n] = {9: 5 << 40, 30: 6 << 40}.get(n, n)
         return 0
 
     class System:
@@ -97,6 +100,7 @@ def test_macos_is_asked_for_the_footprint(monkeypatch: pytest.MonkeyPatch) -> No
     assert memory.held_bytes() == mx.get_active_memory() + mx.get_cache_memory()  # it says nothing
     system.proc_pid_rusage = proc_pid_rusage  # type: ignore[attr-defined]
     assert memory.held_bytes() == 5 << 40
+    assert memory.peak_bytes() == 6 << 40
 
 
 @pytest.mark.parametrize("slots", [[5] * LAYERS, [E, 7, 7]], ids=str)

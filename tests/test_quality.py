@@ -279,6 +279,13 @@ def test_another_model_does_not_continue_a_comparison(
         with pytest.raises(Stop):
             compare(*models, text, *SIZES, "--output", output)
     assert "expected a comparison of the same models" in refused(models[1], models[1], text, *SIZES, "--output", output)
+    with monkeypatch.context() as patch:
+        looked_at = models[0] / ".DS_Store"
+        looked_at.write_bytes(b"Finder")
+        stop_after(patch, quality.Journal, "finish", 1)
+        with pytest.raises(Stop):  # it goes on
+            compare(*models, text, *SIZES, "--output", output)
+        looked_at.unlink()
     message = refused(*models, text, *SIZES, "--output", output, "--dtype", "float32")
     assert "expected a reference of the same model and text, found another loading" in message
 

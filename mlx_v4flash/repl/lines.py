@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +69,9 @@ class TypedLines:
         )
 
     def read(self, default: str, status: Callable[[], str]) -> str:
-        toolbar = f" Enter sends · Alt-Enter new line · /help · {clean(status())}"
+        # Terminals of macOS send Alt-Enter as Enter unless told otherwise.
+        newline = "Esc Enter" if sys.platform == "darwin" else "Alt-Enter"
+        toolbar = f" Enter sends · {newline} new line · /help · {clean(status())}"
         return self._session.prompt("> ", default=default, bottom_toolbar=toolbar)
 
 
