@@ -46,7 +46,8 @@ class Model(nn.Module):
         """Logits of the next token at each position.
 
         Args:
-            ids: [B, T]; each sequence continues what the cache holds of it.
+            ids: [B, T], all below V, which is not checked here: that would wait for them. Each sequence continues
+                what the cache holds of it.
             cache: from `make_cache`, updated in place; None to start from nothing and keep nothing.
 
         Returns:
