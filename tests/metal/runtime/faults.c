@@ -74,10 +74,12 @@ static void on_fault(int signal_number, siginfo_t *info, void *context) {
         signal(signal_number, SIG_DFL);
         return;
     }
-    const uchar *pc = (uchar *)((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
+    const greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+    const uchar *pc = (uchar *)registers[REG_RIP];
     const char *address = info->si_addr;
-    // One further, as a return address would be.
-    const void *behind = pc + 1;
+    // One further, as a return address would be. A stub that jumps to another library has no line, its caller has.
+    const int in_stub = pc[0] == 0xff && pc[1] == 0x25;
+    const void *behind = in_stub ? *(void **)registers[REG_RSP] : pc + 1;
     if (signal_number == SIGVTALRM) fail(0, offset_of(pc) ? behind : last_pc, "does not end within %u s", request->timeout_s);
     if (signal_number == SIGFPE) fail(0, behind, "integer division by zero or overflow");
     if (signal_number == SIGILL) fail(0, behind, "undefined behaviour: %s", undefined_behaviour(pc));
