@@ -206,12 +206,11 @@ def _expect_planned(model: Model) -> None:
     plan = model.plan
     if plan is None or not _excess(plan):
         return
+    # Metal lets go of the buffers of a pass when all of it is over, later than its results are there.
+    mx.synchronize(generation_stream)
+    mx.synchronize()
     give_back()
     excess = _excess(plan)
-    if excess and model.store is not None:
-        # Metal lets go of the buffers of a pass when all of it is over, later than its results are there.
-        mx.synchronize(generation_stream)
-        mx.synchronize()
     if excess and model.store is not None and model.store.shrink(excess, model.config.num_experts_per_tok):
         give_back()
         excess = _excess(plan)

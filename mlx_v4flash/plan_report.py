@@ -79,7 +79,7 @@ def values(plan: Plan, machine: Machine, plan_for: Callable[[int], Plan]) -> dic
     found = plan.values() | {"estimate": _estimate(plan, machine)}
     found["other_budgets"] = [
         {"budget": other.budget, "slots": min(other.slots), **_estimate(other, machine)}
-        for other in (plan_for(int(plan.budget * share)) for share in _OTHERS)
+        for other in (plan_for(int(plan.budget * share) or 1) for share in _OTHERS)
         if other.fits
     ]
     return found
@@ -109,7 +109,7 @@ def table(plan: Plan, machine: Machine, plan_for: Callable[[int], Plan]) -> str:
     routing = "invented routing" if machine.invented else "the trace"
     lines += [f"{'memory':>10} {'experts':>8} {'hits':>7} {'tokens/s':>9}"]
     lines += [_line(plan, machine)]
-    lines += [_line(other, machine) for other in (plan_for(int(plan.budget * s)) for s in _OTHERS) if other.fits]
+    lines += [_line(other, machine) for other in (plan_for(int(plan.budget * s) or 1) for s in _OTHERS) if other.fits]
     lines += ["", f"Estimates. Hits: by {routing}, first uses missed. tokens/s: the traffic of memory and disk alone,"]
     return "\n".join([*lines, f"no arithmetic, nothing hidden behind it; {_speeds(machine)}."])
 

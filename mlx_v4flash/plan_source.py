@@ -73,8 +73,8 @@ def _sizes(model: str | None, revision: str | None, measure_disk: bool) -> tuple
     source = open_source(checkpoint)
     record = max(map(record_bytes, source.shapes))
     speed = None
-    if measure_disk and source.path.stat().st_size >= record:
-        speed = max(choice.bytes_per_s or 0.0 for choice in measure(source.path, record))
+    if measure_disk and source.paths[0].stat().st_size >= record:
+        speed = max((choice.bytes_per_s or 0.0 for choice in measure(source.paths[0], record)), default=None)
     return checkpoint.config, sizes_of(checkpoint.config, checkpoint, source.shapes), speed
 
 

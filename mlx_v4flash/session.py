@@ -171,7 +171,8 @@ class Session:
         kept, nbytes, most, plan = [held], 0, self._keep_bytes, self.model.plan
         if plan is not None:
             most = min(most, plan.parts["kept caches"] - held.nbytes)
-        for other in reversed([h for h in self._snapshots if h.tokens != held.tokens][-self._keep + 1 :]):
+        others = [h for h in self._snapshots if h.tokens != held.tokens]
+        for other in others[::-1][: max(self._keep - 1, 0)]:
             nbytes += other.nbytes
             if nbytes > most:
                 break

@@ -307,14 +307,14 @@ ROUNDING = [
 ]  # fmt: skip
 
 STORE, STREAMED, PLAN = f"{MODEL}/experts/store.py", f"{MODEL}/experts/streamed.py", f"{MODEL}/plan.py"
-SOURCE, READERS, POOL_OF = (f"{MODEL}/experts/{name}.py" for name in ("source", "readers", "pool"))
+SOURCE, READERS, POOL_OF, WORK = (f"{MODEL}/experts/{name}.py" for name in ("source", "readers", "pool", "work"))
 RESIDENCY, EVICTION, ENGINE = f"{MODEL}/experts/residency.py", f"{MODEL}/experts/eviction.py", f"{MODEL}/engine.py"
 
 
 def streaming(what: str, file: str, *texts: str) -> Mistake:
     tests = (
-        "tests/test_residency.py", "tests/test_eviction.py", "tests/test_memory.py", "tests/test_plan.py",
-        "tests/test_experts_streaming.py",
+        "tests/test_residency.py", "tests/test_work.py", "tests/test_eviction.py", "tests/test_memory.py",
+        "tests/test_plan.py", "tests/test_experts_streaming.py",
     )  # fmt: skip
     return wrong("stream", what, file, *texts, tests=tests)
 
@@ -323,9 +323,12 @@ STREAMING = [
     streaming("a free slot is given twice", RESIDENCY, "= self.loading[expert] = self._free.pop()",
               "= self.loading[expert] = self._free[-1]"),
     streaming("what is in use may go", RESIDENCY, "kept = set(keep)", "kept = set()"),
-    streaming("a failed load goes on loading", RESIDENCY, "self._free.append(self.loading.pop(expert))",
-              "self._free.append(self.loading[expert])"),
-    streaming("a failed load counts as loaded", STORE, "table.failed(expert)", "table.loaded(expert)"),
+    streaming("a failed load goes on loading", RESIDENCY, "        self.loading.clear()\n", ""),
+    streaming("a failed load counts as loaded", STORE, "            table.give_up_loading()",
+              "            for expert in list(table.loading):\n                table.loaded(expert)"),
+    streaming("what was lost stays lost", RESIDENCY, "set(range(self.slots)).difference(self.resident.values())",
+              "{*self._free, *(range(self.slots) if not self.resident else ())}"),
+    streaming("reads of an ended request begin", WORK, "if epoch != self._epoch:", "if False:"),
     streaming("the one used last goes", EVICTION, "for expert in self._order:", "for expert in reversed(self._order):"),
     streaming("uses never count less", EVICTION, "now = self._calls / self._half_life", "now = 0.0"),
     streaming("guesses are not counted as used", STORE,
@@ -335,8 +338,8 @@ STREAMING = [
     streaming("staging is written while it is read", STORE, "        self.await_readers(None)\n", ""),
     streaming("resident experts of a prefill are read again", STORE,
               "            if held is None:", "            if True:"),
-    streaming("nobody waits for what a failed request still reads", STORE,
-              "_, late = wait(self._running, self.timeout_s)", "late = set()"),
+    streaming("nobody waits for what a failed request still reads", WORK, "while busy := list(self._busy.values()):",
+              "while busy := []:"),
     streaming("a shrinking pool gives up too little", STORE,
               "left = before - max(nbytes,", "left = before - min(nbytes,"),
     streaming("a shrinking pool keeps its old memory", STORE, "            user.release()", "            pass"),

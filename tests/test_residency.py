@@ -39,12 +39,24 @@ def test_slots_are_never_shared_and_never_lost(eviction: type, seed: int) -> Non
             if draw.random() < 0.8:
                 table.loaded(expert)
                 contents[slot] = expert
-            else:
-                table.failed(expert)
+        table.give_up_loading()
         assert {slot: e for e, slot in table.resident.items()} == contents
         assert not table.loading
         assert set(contents) <= set(range(slots))
         assert set(call) - set(missing) <= set(table.resident), "what the call uses stays"
+
+
+def test_slots_that_an_interrupted_call_lost_come_back() -> None:
+    """Ctrl-C between two lines: a slot that is in no list, or given up but not yet given."""
+    table = Residency(4, LRU())
+    for expert in table.claim([1, 2], ()):
+        table.loaded(expert)
+    table._free.pop()
+    table.loading[7] = table.resident.pop(1)
+    del table.loading[7]
+    table.give_up_loading()
+    assert table.resident == {2: 1}
+    assert set(table.claim([3, 4, 5], keep=[2]).values()) == {0, 2, 3}
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -61,7 +61,7 @@ def attach(model: Model, source: Source, division: Division, prefetch: bool = Fa
         options: of `ExpertStore`; readers are chosen by `calibration` if there are none.
     """
     if "files" not in options:
-        choice = choose(source.path, max(map(record_bytes, source.shapes)))
+        choice = choose(source.paths[0], max(map(record_bytes, source.shapes)))
         options = {"threads": choice.threads} | options | {"files": Files(choice.reader)}
     store = ExpertStore(source, division.slots, model.config.n_routed_experts, staging=division.staging, **options)
     for number, layer in enumerate(model.layers):

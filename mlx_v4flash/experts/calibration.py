@@ -43,8 +43,12 @@ def choose(path: Path, record_bytes: int) -> Choice:
         return Choice()
     kept = _kept(path)
     try:
-        return Choice(**json.loads(kept.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        choice = Choice(**json.loads(kept.read_text(encoding="utf-8")))
+        if choice.reader in KINDS and choice.threads in THREADS:
+            with closing(READERS[choice.reader](path)) as reader:  # another disk may have got the number of that one
+                reader.read(0, [memoryview(bytearray(_BLOCK))])
+            return choice
+    except (OSError, EOFError, ValueError, TypeError):
         pass
     try:
         best = max(measure(path, record_bytes), key=lambda choice: choice.bytes_per_s or 0.0)

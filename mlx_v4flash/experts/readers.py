@@ -162,13 +162,17 @@ class Files:
         self._open: dict[Path, Reader] = {}
         self._lock = threading.Lock()
 
-    def read(self, path: Path, offset: int, buffers: Buffers) -> None:
-        """As `Reader.read`."""
+    def open(self, path: Path) -> Reader:
+        """From now on the file is read as it is now, or not at all."""
         with self._lock:
             reader = self._open.get(path)
             if reader is None:
                 reader = self._open[path] = READERS[self.kind](path)
-        reader.read(offset, buffers)
+        return reader
+
+    def read(self, path: Path, offset: int, buffers: Buffers) -> None:
+        """As `Reader.read`."""
+        self.open(path).read(offset, buffers)
 
     def close(self) -> None:
         with self._lock:

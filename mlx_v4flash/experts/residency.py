@@ -10,7 +10,7 @@ from .eviction import Eviction
 class Residency:
     """The table of one layer.
 
-    A slot is free, loading or resident. What is loading becomes resident with `loaded` or free again with `failed`;
+    A slot is free, loading or resident. What is loading becomes resident with `loaded`, or free with `give_up_loading`;
     an exception at any point between leaves it loading, so nobody takes bytes for an expert that are not its own.
 
     Args:
@@ -59,5 +59,7 @@ class Residency:
     def loaded(self, expert: int) -> None:
         self.resident[expert] = self.loading.pop(expert)
 
-    def failed(self, expert: int) -> None:
-        self._free.append(self.loading.pop(expert))
+    def give_up_loading(self) -> None:
+        """Nothing is loading any more. Slots that an interrupted call has lost track of are free, too."""
+        self.loading.clear()
+        self._free = sorted(set(range(self.slots)).difference(self.resident.values()), reverse=True)

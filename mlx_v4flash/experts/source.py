@@ -25,13 +25,13 @@ class Source(Protocol):
     Attributes:
         shapes: of each layer, arrays of an expert, by their names in its layer.
         formats: of each layer, mode, and unless plain group_size and bits, of w1, w2 and w3.
-        path: a file that holds experts, to measure how fast it is read.
+        paths: the files that hold experts.
         pieces: of an expert, each of which can be read by itself: those of w1, w3 and w2, or all in one.
     """
 
     shapes: list[Shapes]
     formats: list[dict[str, dict[str, Any]]]
-    path: Path
+    paths: list[Path]
     pieces: tuple[str, ...]
 
     def read(self, layer: int, expert: int, into: Record, files: Files, piece: str = "") -> int:
@@ -56,7 +56,7 @@ class PackSource:
     """
 
     def __init__(self, converted: Converted, verify: bool = False) -> None:
-        self.path = converted.folder / PACK
+        self.paths = [converted.folder / PACK]
         self._layers: list[PackedLayer] = [
             converted.layers[f"layers.{n}.ffn.experts"] for n in range(converted.config.num_hidden_layers)
         ]
@@ -81,8 +81,8 @@ class PackSource:
         if self._verify and end < length:
             buffers.append(memoryview(bytearray(length - end)))
         nbytes = sum(map(len, buffers))
-        where = f"layers.{layer}, expert {expert}: {self.path}"
-        _read(files, self.path, start, buffers, where)
+        where = f"layers.{layer}, expert {expert}: {self.paths[0]}"
+        _read(files, self.paths[0], start, buffers, where)
         if self._verify:
             crc = 0
             for buffer in buffers:
@@ -115,7 +115,7 @@ class ShardSource:
         mode = {"fp4": "mxfp4", "fp8": "mxfp8", None: "plain"}[checkpoint.config.expert_dtype]
         self.formats = [{name: {"mode": mode} for name in ("w1", "w2", "w3")}] * len(self._layers)
         first = self._layers[0]
-        self.path = first["w1.weight"][0].path
+        self.paths = sorted({t.path for layer in self._layers for tensors in layer.values() for t in tensors})
         shapes = {name: self._shape(name, [layer[name] for layer in self._layers]) for name in first}
         self.shapes = [shapes] * len(self._layers)
 
@@ -155,6 +155,19 @@ class ShardSource:
         rows, columns = tensor.shape
         assert HELD[tensor.dtype] == mx.uint32
         return Shape((rows, columns // 4), mx.uint32)
+
+
+def open_all(files: Files, paths: list[Path]) -> None:
+    """Open files before they are needed, so that none can be replaced unseen.
+
+    Raises:
+        ExpertReadError: one cannot be opened.
+    """
+    for path in paths:
+        try:
+            files.open(path)
+        except OSError as e:
+            raise ExpertReadError(f"{path}: cannot be opened: {e.strerror}\nhint: check the disk") from e
 
 
 def _read(files: Files, path: Path, offset: int, buffers: list[memoryview], where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from .pool import Record, Shapes, SlotRange, allocate, record_bytes, share
 from .products import SORT_FROM
 from .readers import Files
 from .residency import Residency
-from .source import Source
+from .source import Source, open_all
 from .statistics import LayerCounts, Statistics
+from .work import Work
 
 # Slots of the staging range. Prefill uses halves of it in turn; calls of fewer than SORT_FROM pairs may need all.
 STAGING = SORT_FROM
@@ -46,11 +47,11 @@ class User(Protocol):
 
 @dataclass
 class Loads:
-    """Reads and copies under way, all begun at once; `experts` are loading in the layer's own slots."""
+    """Reads and copies under way by name, all begun at once; `experts` are loading in the layer's own slots."""
 
     layer: int
     experts: list[int]
-    futures: list[Future[float]]
+    futures: dict[Future[float], str]
     begun_s: float
 
 
@@ -93,10 +94,10 @@ class ExpertStore:
         self._staged: dict[int, Loads] = {}
         self._ahead: dict[int, Loads] = {}
         self._reading: dict[int | None, list[mx.array]] = {}
-        self._running: dict[Future[float], str] = {}
         self._broken = False
         self._files = files or Files("pread")
-        self._threads, self._pool = threads, ThreadPoolExecutor(threads, "experts")
+        open_all(self._files, source.paths)
+        self._threads, self._work = threads, Work(threads)
         weakref.finalize(self, self._files.close)
 
     def _allocate(self) -> None:
@@ -280,7 +281,7 @@ class ExpertStore:
             ExpertReadError, CheckpointError: the first thing that went wrong.
         """
         begun = time.perf_counter()
-        ended = [done_s for future in loads.futures if (done_s := self._result(future))]
+        ended = [done_s for future, name in loads.futures.items() if (done_s := self._result(future, name))]
         for expert in loads.experts:
             self.tables[loads.layer].loaded(expert)
         if ended:
@@ -297,7 +298,8 @@ class ExpertStore:
 
     def await_readers(self, layer: int | None) -> None:
         """Wait for what was noted, so that the slots may be written."""
-        mx.eval(self._reading.pop(layer, []))
+        mx.eval(self._reading.get(layer, []))  # an interrupted wait forgets none of them
+        self._reading.pop(layer, None)
 
     def abandon(self) -> None:
         """After an exception: nothing that is loading counts as loaded, and what has not begun never begins."""
@@ -305,13 +307,12 @@ class ExpertStore:
         self._known.clear()
         self._staged.clear()
         self._ahead.clear()
-        for future in self._running:
-            future.cancel()
+        self._work.give_up()
 
     def close(self) -> None:
         """End the threads and close the files."""
         self.abandon()
-        self._pool.shutdown(cancel_futures=True)
+        self._work.close()
         self._files.close()
 
     def settle(self) -> None:
@@ -322,13 +323,12 @@ class ExpertStore:
         """
         if not self._broken:
             return
-        _, late = wait(self._running, self.timeout_s)
-        if late:
-            raise self._lost(next(iter(late)))
-        self._running.clear()
+        self._work.give_up()  # again: `abandon` may have been interrupted, too
+        late = self._work.unfinished(self.timeout_s)
+        if late is not None:
+            raise self._lost(late)
         for table in self.tables:
-            for expert in list(table.loading):
-                table.failed(expert)
+            table.give_up_loading()
         self._broken = False
 
     def _staging_of(self, layer: int) -> SlotRange:
@@ -338,7 +338,7 @@ class ExpertStore:
 
     def _load(self, layer: int, missing: list[int], keep: Sequence[int] = (), in_order: bool = False) -> Loads:
         if not missing:
-            return Loads(layer, [], [], 0.0)
+            return Loads(layer, [], {}, 0.0)
         self.await_readers(layer)
         own = self.ranges[layer]
         claimed = self._claim(layer, missing, keep)
@@ -363,24 +363,21 @@ class ExpertStore:
     def _begin(
         self, layer: int, experts: list[int], jobs: Sequence[tuple[Callable[..., float], tuple[object, ...]]]
     ) -> Loads:
-        loads = Loads(layer, experts, [], time.perf_counter())
+        loads = Loads(layer, experts, {}, time.perf_counter())
         for job, arguments in jobs:
-            future = self._pool.submit(job, *arguments)
-            self._running[future] = f"layers.{layer}, expert {arguments[1]}" if job == self._read else f"layers.{layer}"
-            loads.futures.append(future)
+            name = f"layers.{layer}, expert {arguments[1]}" if job == self._read else f"layers.{layer}"
+            loads.futures[self._work.submit(name, job, *arguments)] = name
         return loads
 
-    def _result(self, future: Future[float]) -> float:
+    def _result(self, future: Future[float], name: str) -> float:
         try:
-            done_s = future.result(self.timeout_s)
+            return future.result(self.timeout_s)
         except NotYet:
-            raise self._lost(future) from None
-        del self._running[future]
-        return done_s
+            raise self._lost(name) from None
 
-    def _lost(self, future: Future[float]) -> ExpertReadError:
+    def _lost(self, name: str) -> ExpertReadError:
         return ExpertReadError(
-            f"{self._running[future]}: {self.source.path}: expected a record within {self.timeout_s:g} s, found none\n"
+            f"{name}: {self.source.paths[0]}: expected a record within {self.timeout_s:g} s, found none\n"
             "hint: check the disk and its connection; requests work again when it answers"
         )
 
