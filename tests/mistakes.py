@@ -326,8 +326,10 @@ STREAMING = [
     streaming("a failed load goes on loading", RESIDENCY, "        self.loading.clear()\n", ""),
     streaming("a failed load counts as loaded", STORE, "            table.give_up_loading()",
               "            for expert in list(table.loading):\n                table.loaded(expert)"),
-    streaming("what was lost stays lost", RESIDENCY, "set(range(self.slots)).difference(self.resident.values())",
-              "{*self._free, *(range(self.slots) if not self.resident else ())}"),
+    streaming("what was lost stays lost", RESIDENCY,
+              "        self.loading.clear()\n"
+              "        self._free = sorted(set(range(self.slots)).difference(self.resident.values()), reverse=True)",
+              "        self._free.extend(self.loading.values())\n        self.loading.clear()"),
     streaming("reads of an ended request begin", WORK, "if epoch != self._epoch:", "if False:"),
     streaming("the one used last goes", EVICTION, "for expert in self._order:", "for expert in reversed(self._order):"),
     streaming("uses never count less", EVICTION, "now = self._calls / self._half_life", "now = 0.0"),
