@@ -25,6 +25,7 @@ from .engine import wired
 from .errors import RequestError
 from .memory import peak_bytes
 from .model import Model
+from .sampling import expect_limits
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,7 @@ def measure(model: Model, contexts: list[int], *, decode: int, rounds: int, chun
     contexts = sorted(set(contexts))
     if not contexts or contexts[0] < 1 or contexts[-1] > limit:
         raise RequestError(f"frontiers: expected context lengths from 1 to {limit}, found {contexts}")
-    for name, value in (("decode", decode), ("rounds", rounds), ("prefill_chunk", chunk)):
-        if value < 1:
-            raise RequestError(f"{name}: expected 1 or more, found {value}")
+    expect_limits(decode=decode, rounds=rounds, prefill_chunk=chunk)
     prefills: dict[int, list[float]] = {c: [] for c in contexts}
     decodes: dict[int, list[float]] = {c: [] for c in contexts}
     sizes: dict[int, int] = {}

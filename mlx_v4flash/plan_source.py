@@ -39,12 +39,12 @@ def planned(
     Raises:
         ConfigError, CheckpointError, HubError, RequestError: what is wrong, and what to do.
     """
-    given = parse_bytes(bandwidth, "bandwidth")
-    config, sizes, measured = _sizes(model, revision, measure_disk=parse_bytes(disk, "disk") is None)
+    given_disk, given_bandwidth = parse_bytes(disk, "disk"), parse_bytes(bandwidth, "bandwidth")
+    config, sizes, measured = _sizes(model, revision, measure_disk=given_disk is None)
     routing: Trace | None = None if trace is None else read_trace(trace)
     if routing is not None:
         _expect_same_sizes(routing, config, str(trace))
-    speeds = parse_bytes(disk, "disk") or measured, given or plan_report.measure_bandwidth()
+    speeds = given_disk or measured, given_bandwidth or plan_report.measure_bandwidth()
     machine = plan_report.Machine(config, sizes, routing, *speeds)
 
     def plan_for(budget: int | str | None) -> Plan:

@@ -66,7 +66,7 @@ def default_max_tokens(think: str) -> int:
     return {"off": 8192, "max": 131072}.get(think, 65536)
 
 
-_LEAST = {"max_tokens": 1, "think_budget": 0, "context": 1, "prefill_chunk": 1}
+_LEAST = {"max_tokens": 1, "think_budget": 0, "context": 1, "prefill_chunk": 1, "decode": 1, "rounds": 1}
 
 
 def expect_limits(**limits: int | None) -> None:
